@@ -1,0 +1,73 @@
+"""What data are to the rest of Attar: three splits of examples, and how inputs are prepared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """One step's examples.
+
+    inputs: what the network takes, normalised: float32, for images (N, C, H, W).
+    targets: what is right: for classes int64 (N,); `None` for unlabelled examples.
+    indices: int64 (N,), each example's place in its split.
+    """
+
+    inputs: Tensor
+    targets: Tensor | None
+    indices: Tensor
+
+
+class Split(Protocol):
+    """Examples of one part of the data. `ArraySplit` holds them in memory; a loader can be one."""
+
+    name: str
+    """train, validation or test."""
+    fingerprint: str
+    """A hash of the content and its preparation: equal splits have equal ones on any machine."""
+
+    def __len__(self) -> int: ...
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        augment: bool = False,
+        seed: int = 0,
+        epoch: int = 0,
+        drop_last: bool = False,
+        rank: int = 0,
+        world: int = 1,
+    ) -> Iterator[Batch]:
+        """One pass. Order and augmentation depend on (seed, epoch) alone, so that a pass can be
+        repeated. `rank` of `world` processes gets its share of every batch's examples."""
+        ...
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set ready to train, choose and report on."""
+
+    name: str
+    train: Split
+    validation: Split
+    test: Split
+    classes: tuple[str, ...]
+    shape: tuple[int, ...]
+    """One example's input shape, without the batch: (C, H, W) for images."""
+    preparation: dict[str, Any]
+    """How a raw input becomes what the network takes, in the manifest's words (see
+    `attar.tasks.base.Task.describe`): for images `layout`, `color`, `resize`, `scale`, `mean`,
+    `std`."""
+    notes: list[str] = field(default_factory=list)
+    """What was decided on the person's behalf, in sentences: said by `run`, kept in the report."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash over the three splits."""
+        return "-".join(s.fingerprint[:16] for s in (self.train, self.validation, self.test))

@@ -1,0 +1,39 @@
+"""What happens during a run, told to whoever listens: the screen, a log file, a notebook."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Listener = Callable[[dict[str, Any]], None]
+"""Takes an event: a dict with `event` (its kind) and that kind's fields, all JSON values."""
+
+
+def silent(event: dict[str, Any]) -> None:
+    """The listener that hears nothing."""
+
+
+class Log:
+    """Appends every event to a `log.jsonl`, a line each, flushed at once."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        if event["event"] == "step":
+            return  # live progress only: a line a step would drown the epochs
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": round(time.time(), 3), **event}) + "\n")
+
+
+def several(*listeners: Listener) -> Listener:
+    """One listener that passes each event on to all of `listeners`."""
+
+    def tell(event: dict[str, Any]) -> None:
+        for listener in listeners:
+            listener(event)
+
+    return tell

@@ -1,0 +1,70 @@
+"""A runtime: what executes the deployed model. A quantizer, an exporter with its graph passes,
+and a session."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol
+
+import numpy as np
+
+from attar.registry import Registry
+
+runtimes: Registry[type[Runtime]] = Registry("runtime", "attar.runtimes")
+
+GraphPasses = Literal["all", "none"]
+
+
+class Session(Protocol):
+    """A loaded model, ready to answer."""
+
+    def __call__(self, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
+        """The outputs for one batch."""
+        ...
+
+
+class Runtime(ABC):
+    """One way to execute a model. A subclass is one file, registered by name.
+
+    Exporting needs PyTorch; a session must not import it: the target may not have it.
+    """
+
+    name: ClassVar[str]
+    model_file: ClassVar[str]
+    """The name of the main file it writes: `model.onnx`."""
+
+    @classmethod
+    @abstractmethod
+    def available(cls) -> tuple[bool, str]:
+        """Whether it works on this machine; else what to install, or its version if it does."""
+
+    @abstractmethod
+    def export(
+        self,
+        student: Any,
+        folder: Path,
+        *,
+        example: tuple[Any, ...],
+        dynamic_shapes: tuple[dict[int, Any], ...],
+        names: tuple[list[str], list[str]],
+        optimise: bool = False,
+    ) -> list[Path]:
+        """Writes the model file(s) of a `attar.student.Student` into `folder`.
+
+        names: input and output names. optimise: run the runtime's graph passes now and store their
+        result (`deploy`), rather than leaving them to the session. A student with a `quantized`
+        edit is written quantized. Raises `ExportError` naming what can't be exported.
+        """
+
+    @abstractmethod
+    def session(self, folder: Path, *, threads: int = 1, passes: GraphPasses = "all") -> Session:
+        """Loads the model in a bundle's folder."""
+
+    @abstractmethod
+    def plain_int8(
+        self, source: Path, folder: Path, calibration: Iterable[tuple[np.ndarray, ...]]
+    ) -> list[Path]:
+        """The runtime's own post-training quantization of an exported float model, its defaults:
+        what anyone gets without Attar."""

@@ -1,0 +1,118 @@
+"""A stage: one step that turns a student into another."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+from attar.data.base import Data
+from attar.events import Listener, silent
+from attar.registry import Registry
+from attar.student import Student
+from attar.tasks.base import Task
+from attar.training.config import Training
+from attar.training.objective import Objective
+
+stages: Registry[type[Stage]] = Registry("stage", "attar.stages")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage works with.
+
+    teacher: the network the student learns from, in eval mode and frozen; `None` when there is
+        none. It is the recipe's teacher, not the student before the stage.
+    work: a folder of the stage's own for checkpoints; what is in it survives a kill, so that the
+        same stage resumes where it was.
+    runtime, threads, batch: the deploy target.
+    max_drop: the budget's, as a fraction, for searches (`ratio: auto`); `None` without one.
+    baseline: the teacher's validation metric, what a drop is counted from.
+    found: filled by the stage: JSON values worth keeping (plans, what was tried); kept with the
+        result and shown in the report.
+    """
+
+    task: Task
+    data: Data
+    teacher: nn.Module | None
+    seed: int
+    work: Path
+    tell: Listener = silent
+    runtime: str = "onnxruntime"
+    threads: int = 1
+    batch: int = 1
+    max_drop: float | None = None
+    baseline: float | None = None
+    found: dict[str, Any] = field(default_factory=dict)
+
+    def at(self, name: str) -> Context:
+        """The same context with a folder `name` inside this one's, for a part of a stage."""
+        return replace(self, work=self.work / name)
+
+    def train(
+        self,
+        student: Student,
+        training: Training,
+        objective: Objective | None = None,
+        *,
+        label: str = "recover",
+        on_epoch: Callable[[nn.Module, int], None] | None = None,
+    ) -> Student:
+        """Trains the student in place, its edits' promises kept at every step, and returns it.
+
+        objective: default: the task's loss joined with soft targets of the teacher, if there is
+            one (`attar.distill.recovery`). label: what progress calls it, and its checkpoint.
+        """
+        from attar.distill.recovery import recovery_objective
+        from attar.training.loop import train
+
+        before, after = student.hooks()
+        train(
+            student.module,
+            data=self.data,
+            task=self.task,
+            training=training,
+            objective=objective or recovery_objective(self.task, self.teacher, training),
+            seed=self.seed,
+            checkpoint=self.work / f"{label}.safetensors",
+            before_step=before,
+            after_step=after,
+            tell=self.tell,
+            label=label,
+            on_epoch=on_epoch,
+        )
+        return student
+
+    def evaluate(self, module: nn.Module, split: str = "validation") -> float:
+        """The metric of a network on one split. Stages choose on `validation`, never on `test`."""
+        from attar.training.evaluation import statistics_of
+
+        return self.task.value(statistics_of(module, getattr(self.data, split), self.task))
+
+
+class Stage(BaseModel):
+    """One step of a recipe. A subclass is one file: its fields are its YAML, `apply` does the work.
+
+    Example:
+        >>> @stages.register("nothing")
+        ... class Nothing(Stage):
+        ...     "Hands the student on as it is."
+        ...     name = "nothing"
+        ...     def apply(self, student, run):
+        ...         return student
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: ClassVar[str]
+    not_after: ClassVar[dict[str, str]] = {}
+    """Stages that must not come before this one, and why: refused when the recipe is read."""
+
+    @abstractmethod
+    def apply(self, student: Student, run: Context) -> Student:
+        """The student after this stage. The one given may be changed."""

@@ -1,0 +1,70 @@
+"""Edits: the record of what made a student what it is, and the promises that come with it.
+
+Every lossy stage adds one. An edit can be saved as JSON and tensors, replayed onto a freshly built
+network, and asked whether its promise (its *constraint*) still holds. Kinds register themselves
+from the packages that make them (`prune`, `share`, `quantize`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from attar.registry import near
+
+
+class Edit(ABC):
+    """One change to a network. Subclasses set `kind` and are found by it."""
+
+    kind: ClassVar[str]
+    kinds: ClassVar[dict[str, type[Edit]]] = {}
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        if "kind" in cls.__dict__:
+            Edit.kinds[cls.kind] = cls
+
+    @abstractmethod
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the tensors, as JSON values."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is too large for JSON, by name; saved beside it as safetensors."""
+        return {}
+
+    @classmethod
+    @abstractmethod
+    def from_json(cls, record: dict[str, Any], tensors: dict[str, Tensor]) -> Edit:
+        """The edit that `to_json` and `tensors` describe."""
+
+    def replay(self, module: nn.Module) -> None:  # noqa: B027 - most edits change no structure
+        """Gives a freshly built network this edit's structure, before weights are loaded."""
+
+    def before_step(self, module: nn.Module) -> None:  # noqa: B027
+        """Called between backward and the optimizer's step: may change gradients in place."""
+
+    def after_step(self, module: nn.Module) -> None:  # noqa: B027
+        """Called after the optimizer's step: restores the promise on the weights in place."""
+
+    def check(self, module: nn.Module) -> list[str]:
+        """What of the promise is broken, a sentence each; empty when it holds."""
+        return []
+
+    def summary(self) -> str:
+        """One line for people."""
+        return self.kind
+
+
+def edit_from(record: dict[str, Any], tensors: dict[str, Tensor]) -> Edit:
+    """The edit of `record["kind"]`. Raises `CheckpointError` for a kind this version lacks."""
+    from attar.errors import CheckpointError
+
+    kind = record.get("kind")
+    if kind not in Edit.kinds:
+        raise CheckpointError(
+            f"the student has an edit of unknown kind {kind!r}{near(str(kind), list(Edit.kinds))}; "
+            "it may come from a newer Attar"
+        )
+    return Edit.kinds[kind].from_json(record, tensors)

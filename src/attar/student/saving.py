@@ -1,0 +1,119 @@
+"""A student on disk: `student.json` (spec and edits) and `weights.safetensors`. No pickle.
+
+`edits.safetensors` holds the edits' tensors, keyed `<edit's place>/<name>`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from attar.errors import CheckpointError
+from attar.models.base import ModelSpec
+from attar.student.edits import Edit, edit_from
+from attar.student.student import Student
+
+SCHEMA = 1
+
+
+def save_student(student: Student, folder: Path) -> None:
+    """Writes the student into `folder`, which is made. Tensors that share memory (tied weights)
+    are stored once each under every name, so that loading needs to know nothing of ties."""
+    folder.mkdir(parents=True, exist_ok=True)
+    edits = [{"kind": e.kind, **e.to_json()} for e in student.edits]
+    record = {
+        "schema": SCHEMA,
+        "spec": student.spec.model_dump(exclude_none=True) if student.spec else None,
+        "edits": edits,
+    }
+    tensors = {
+        f"{i}/{name}": tensor.detach().contiguous().cpu()
+        for i, edit in enumerate(student.edits)
+        for name, tensor in edit.tensors().items()
+    }
+    weights = {k: v.detach().cpu().contiguous().clone() for k, v in student.module.state_dict().items()}
+    save_file(weights, folder / "weights.safetensors")
+    if tensors:
+        save_file(tensors, folder / "edits.safetensors")
+    (folder / "student.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def load_student(
+    folder: Path,
+    *,
+    build: Callable[[ModelSpec], nn.Module],
+    module: nn.Module | None = None,
+) -> Student:
+    """The student saved in `folder`: its network built anew, its edits replayed, its weights loaded.
+
+    build: makes a spec's network, as `attar.models.build` does. module: a fresh network of the
+    person's, for a student without a spec; it is changed in place. Raises `CheckpointError`.
+    """
+    record = _record(folder)
+    spec = ModelSpec(**record["spec"]) if record["spec"] else None
+    if module is None:
+        if spec is None:
+            raise CheckpointError(
+                f"{folder} was made from a module handed in from Python, so its code isn't known: "
+                "hand in a fresh one, attar.load(run, model=MyNetwork())"
+            )
+        module = build(spec)
+    edits = _edits(record["edits"], _tensors(folder / "edits.safetensors", required=False))
+    for edit in edits:
+        edit.replay(module)
+    _load_weights(module, _tensors(folder / "weights.safetensors"), folder)
+    student = Student(module.eval(), spec, edits)
+    student.check()
+    return student
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    path = folder / "student.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"no student in {folder}: student.json is missing") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
+    if not isinstance(record, dict) or not isinstance(record.get("schema"), int):
+        raise CheckpointError(f"{path} is not a student's record: it has no schema number")
+    if record["schema"] > SCHEMA:
+        raise CheckpointError(
+            f"{path} has schema {record['schema']}; this Attar reads up to {SCHEMA}: upgrade attar"
+        )
+    return record
+
+
+def _tensors(path: Path, *, required: bool = True) -> dict[str, Tensor]:
+    if not path.exists():
+        if required:
+            raise CheckpointError(f"{path} is missing")
+        return {}
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
+
+
+def _edits(records: list[dict[str, Any]], tensors: dict[str, Tensor]) -> list[Edit]:
+    def own(i: int) -> dict[str, Tensor]:
+        prefix = f"{i}/"
+        return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+    return [edit_from(record, own(i)) for i, record in enumerate(records)]
+
+
+def _load_weights(module: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
+    try:
+        module.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:4]]
+        raise CheckpointError(
+            f"the weights in {folder} don't fit the network its spec builds: {' '.join(lines)}"
+        ) from None
