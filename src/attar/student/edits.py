@@ -52,6 +52,12 @@ class Edit(ABC):
         """What of the promise is broken, a sentence each; empty when it holds."""
         return []
 
+    def graph(
+        self, module: nn.Module, example: tuple[Any, ...], dynamic_shapes: tuple[dict[int, Any], ...]
+    ) -> nn.Module | None:
+        """The disposable graph to export in the module's stead (a quantized one); most need none."""
+        return None
+
     def summary(self) -> str:
         """One line for people."""
         return self.kind
