@@ -70,7 +70,9 @@ class Registry(Generic[T]):
 
     def describe(self) -> dict[str, str]:
         """Name → first line of the part's own docstring."""
-        return {name: (inspect.getdoc(self.get(name)) or "").split("\n")[0] for name in self.names()}
+        return {
+            name: (inspect.getdoc(self.get(name)) or "").split("\n")[0] for name in self.names()
+        }
 
     def _load(self) -> None:
         if self._loaded:

@@ -79,7 +79,7 @@ class Context:
             training=training,
             objective=objective or recovery_objective(self.task, self.teacher, training),
             seed=self.seed,
-            checkpoint=self.work / f"{label}.safetensors",
+            checkpoint=self.work / f"{label}.pt",
             before_step=before,
             after_step=after,
             tell=self.tell,

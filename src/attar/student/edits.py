@@ -53,7 +53,10 @@ class Edit(ABC):
         return []
 
     def graph(
-        self, module: nn.Module, example: tuple[Any, ...], dynamic_shapes: tuple[dict[int, Any], ...]
+        self,
+        module: nn.Module,
+        example: tuple[Any, ...],
+        dynamic_shapes: tuple[dict[int, Any], ...],
     ) -> nn.Module | None:
         """The disposable graph to export in the module's stead (a quantized one); most need none."""
         return None

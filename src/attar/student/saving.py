@@ -37,7 +37,9 @@ def save_student(student: Student, folder: Path) -> None:
         for i, edit in enumerate(student.edits)
         for name, tensor in edit.tensors().items()
     }
-    weights = {k: v.detach().cpu().contiguous().clone() for k, v in student.module.state_dict().items()}
+    weights = {
+        k: v.detach().cpu().contiguous().clone() for k, v in student.module.state_dict().items()
+    }
     save_file(weights, folder / "weights.safetensors")
     if tensors:
         save_file(tensors, folder / "edits.safetensors")

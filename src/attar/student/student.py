@@ -45,7 +45,9 @@ class Student:
         """Raises `ConstraintBroken` where an edit's promise no longer holds."""
         broken = [message for edit in self.edits for message in edit.check(self.module)]
         if broken:
-            shown = "; ".join(broken[:3]) + (f"; and {len(broken) - 3} more" if len(broken) > 3 else "")
+            shown = "; ".join(broken[:3]) + (
+                f"; and {len(broken) - 3} more" if len(broken) > 3 else ""
+            )
             raise ConstraintBroken(f"a constraint of the student is broken: {shown}")
 
     def hooks(self) -> tuple[Callable[[nn.Module], None], Callable[[nn.Module], None]]:

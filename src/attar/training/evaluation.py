@@ -1,0 +1,60 @@
+"""A network's per-example statistics and outputs over a split."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+from attar.data.base import Batch, Split
+from attar.tasks.base import Task
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients inside; each submodule's own mode is back afterwards."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where the module's first parameter or buffer lives; the CPU for one without any."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on `device`."""
+    if device.type == "cpu":
+        return batch
+    return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in batch))
+
+
+def outputs_of(
+    module: nn.Module, split: Split, task: Task, *, batch_size: int = 256
+) -> Iterator[tuple[torch.Tensor, Batch]]:
+    """The logits of every batch, in the split's order, as float32 on the CPU."""
+    device = device_of(module)
+    with evaluating(module):
+        for batch in split.batches(batch_size):
+            args, kwargs = task.arguments(to_device(batch, device))
+            yield task.logits(module(*args, **kwargs)).float().cpu(), batch
+
+
+def statistics_of(
+    module: nn.Module, split: Split, task: Task, *, batch_size: int = 256
+) -> np.ndarray:
+    """The task's per-example statistics over a split, (N, k), in the split's order."""
+    return np.concatenate(
+        [task.statistics(o, b) for o, b in outputs_of(module, split, task, batch_size=batch_size)]
+    )

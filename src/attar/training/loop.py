@@ -1,0 +1,296 @@
+"""The one training loop, on Accelerate: any device, one process or many."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from attar.data.base import Batch, Data
+from attar.errors import TrainingError
+from attar.events import Listener, silent
+from attar.tasks.base import Task
+from attar.training.checkpoint import load_checkpoint_state, save_checkpoint
+from attar.training.config import Optimizer, Training
+from attar.training.evaluation import statistics_of, to_device
+from attar.training.objective import Objective
+from attar.training.precision import mixed_precision
+from attar.training.schedules import rate_factor
+
+Hook = Callable[[nn.Module], None]
+PROGRESS_EVERY = 0.5  # seconds between live progress events
+
+
+class Step(nn.Module):
+    """A network and its objective as one module, so that adapters and network are synchronised
+    across processes alike, while the network itself stays unwrapped for hooks and paths."""
+
+    def __init__(self, network: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.network = network
+        self.objective = objective
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        return self.objective(self.network, batch)
+
+
+def train(
+    module: nn.Module,
+    *,
+    data: Data,
+    task: Task,
+    training: Training,
+    objective: Objective,
+    seed: int = 0,
+    checkpoint: Path | None = None,
+    before_step: Hook | None = None,
+    after_step: Hook | None = None,
+    tell: Listener = silent,
+    label: str = "train",
+    on_epoch: Callable[[nn.Module, int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Trains `module` in place and returns its history, a dict an epoch.
+
+    Each epoch's order, augmentation and dropout depend on (seed, label, epoch) alone, so a training
+    that is killed and resumed from `checkpoint` ends with the same weights as an undisturbed one.
+
+    before_step, after_step: called with the module around every optimizer step, with gradients
+        computed; they keep a student's constraints. on_epoch: called before each epoch.
+    Raises `TrainingError` when the loss is no longer a number.
+
+    Example:
+        >>> train(net, data=data, task=task, training=Training(epochs=2),
+        ...       objective=TaskObjective(task))  # doctest: +SKIP
+    """
+    run = _Run(module, data, task, training, objective, seed, label)
+    run.restore(checkpoint)
+    for epoch in range(run.epoch, training.epochs):
+        if on_epoch is not None:
+            on_epoch(module, epoch)
+        started = time.perf_counter()
+        torch.manual_seed(_derived_seed(seed, label, epoch))
+        objective.start_epoch(epoch, training.epochs)
+        terms = run.one_epoch(epoch, before_step, after_step, tell)
+        run.finish_epoch(epoch, terms, time.perf_counter() - started, tell)
+        if checkpoint is not None and run.accelerator.is_main_process:
+            save_checkpoint(run.state(), checkpoint)
+    return run.hand_back()
+
+
+class _Run:
+    """The moving parts of one training."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        data: Data,
+        task: Task,
+        training: Training,
+        objective: Objective,
+        seed: int,
+        label: str,
+    ) -> None:
+        self.module, self.data, self.task, self.training = module, data, task, training
+        self.seed, self.label = seed, label
+        self.history: list[dict[str, Any]] = []
+        self.epoch = 0
+        self.best: dict[str, Tensor] | None = None
+        self.best_value = math.nan
+        self.accelerator = Accelerator(mixed_precision=mixed_precision(training.precision))
+        if uses_convolutions(module):
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        step = Step(module, objective)
+        self.parameters = [p for p in step.parameters() if p.requires_grad]
+        optimizer = make_optimizer(self.parameters, training.optimizer)
+        self.step, self.optimizer = self.accelerator.prepare(step, optimizer)
+        self.objective = objective
+        self.average = (
+            AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(training.ema), use_buffers=True)
+            if training.ema
+            else None
+        )
+        self.steps = max(1, _count_steps(data, training, self.accelerator.num_processes))
+
+    def batches(self, epoch: int) -> Iterator[Batch]:
+        for batch in self.data.train.batches(
+            self.training.batch_size,
+            shuffle=True,
+            augment=True,
+            seed=_derived_seed(self.seed, self.label, 0),
+            epoch=epoch,
+            drop_last=len(self.data.train) > self.training.batch_size,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+        ):
+            yield to_device(batch, self.accelerator.device)
+
+    def one_epoch(
+        self, epoch: int, before: Hook | None, after: Hook | None, tell: Listener
+    ) -> dict[str, float]:
+        """One pass; the mean of every loss term. Losses are read only when shown: reading one
+        waits for the device."""
+        self.step.train()
+        totals: dict[str, Tensor] = {}
+        count, told = 0, time.perf_counter()
+        for index, batch in enumerate(self.batches(epoch)):
+            self._set_rate(epoch + index / self.steps)
+            with self.accelerator.autocast():
+                terms = self.step(batch)
+                loss = torch.stack(tuple(terms.values())).sum()
+            self.accelerator.backward(loss)
+            if before is not None:
+                before(self.module)
+            if self.training.clip is not None:
+                self.accelerator.clip_grad_norm_(self.parameters, self.training.clip)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            if after is not None:
+                after(self.module)
+            if self.average is not None:
+                self.average.update_parameters(self.module)
+            for name, value in terms.items():
+                totals[name] = totals.get(name, 0) + value.detach()
+            count += 1
+            if time.perf_counter() - told > PROGRESS_EVERY:
+                told = time.perf_counter()
+                self._progress(epoch, index, loss, tell)
+        if not count:
+            raise TrainingError(f"{self.label}: the training split gave no batch")
+        means = {name: float(total) / count for name, total in totals.items()}
+        self._require_finite(sum(means.values()), epoch)
+        return means
+
+    def finish_epoch(
+        self, epoch: int, terms: dict[str, float], seconds: float, tell: Listener
+    ) -> None:
+        value = self.task.value(statistics_of(self.candidate, self.data.validation, self.task))
+        better = self.best is None or self._improves(value)
+        if better or self.training.keep == "last":
+            self.best = {k: v.detach().clone() for k, v in self.candidate.state_dict().items()}
+        if better:
+            self.best_value = value
+        self.epoch = epoch + 1
+        remaining = (self.training.epochs - self.epoch) * seconds
+        record = {
+            "label": self.label,
+            "epoch": self.epoch,
+            "epochs": self.training.epochs,
+            "loss": sum(terms.values()),
+            "terms": terms,
+            "metric": {"name": self.task.metric.name, "value": value},
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "seconds": round(seconds, 3),
+            "best": better,
+        }
+        self.history.append(record)
+        tell({"event": "epoch", "eta_s": round(remaining, 1), **record})
+
+    @property
+    def candidate(self) -> nn.Module:
+        """What is validated and kept: the average of the weights where one is made."""
+        return self.average.module if self.average is not None else self.module
+
+    def hand_back(self) -> list[dict[str, Any]]:
+        """Puts the kept weights into the module and everything else away."""
+        assert self.best is not None
+        self.module.load_state_dict(self.best)
+        self.module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        self.module.zero_grad(set_to_none=True)
+        self.module.eval()
+        return self.history
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "epoch": self.epoch,
+            "step": self.accelerator.unwrap_model(self.step).state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.state_dict() if self.average is not None else None,
+            "best": self.best,
+            "best_value": self.best_value,
+            "history": self.history,
+        }
+
+    def restore(self, checkpoint: Path | None) -> None:
+        """Goes on where an earlier process stopped, if it left a checkpoint."""
+        state = load_checkpoint_state(checkpoint) if checkpoint is not None else None
+        if state is None:
+            return
+        self.accelerator.unwrap_model(self.step).load_state_dict(state["step"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.epoch, self.best = state["epoch"], state["best"]
+        self.best_value, self.history = state["best_value"], state["history"]
+
+    def _set_rate(self, epochs_done: float) -> None:
+        progress = epochs_done / self.training.epochs
+        rate = self.training.optimizer.lr * rate_factor(self.training.schedule, progress)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def _progress(self, epoch: int, index: int, loss: Tensor, tell: Listener) -> None:
+        value = float(loss.detach())
+        self._require_finite(value, epoch)
+        tell(
+            {
+                "event": "step",
+                "label": self.label,
+                "epoch": epoch + 1,
+                "epochs": self.training.epochs,
+                "step": index + 1,
+                "steps": self.steps,
+                "loss": value,
+            }
+        )
+
+    def _require_finite(self, loss: float, epoch: int) -> None:
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"{self.label}: the loss became {loss} in epoch {epoch + 1}; a lower learning rate "
+                f"(optimizer.lr is {self.training.optimizer.lr:g}), gradient clipping (clip: 1.0) "
+                "or a longer warm-up (schedule.warmup) usually cures it"
+            )
+
+    def _improves(self, value: float) -> bool:
+        if self.task.metric.higher_is_better:
+            return value > self.best_value
+        return value < self.best_value
+
+
+def make_optimizer(parameters: list[nn.Parameter], config: Optimizer) -> torch.optim.Optimizer:
+    """The update rule that `config` names, in its fused form."""
+    if config.name == "sgd":
+        return torch.optim.SGD(
+            parameters,
+            lr=config.lr,
+            momentum=config.momentum,
+            nesterov=config.nesterov and config.momentum > 0,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+    return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+
+
+def uses_convolutions(module: nn.Module) -> bool:
+    """Whether the channels-last layout pays: the network has 2-d convolutions."""
+    return any(isinstance(m, nn.Conv2d) for m in module.modules())
+
+
+def _count_steps(data: Data, training: Training, processes: int) -> int:
+    examples = len(data.train)
+    if examples <= training.batch_size:
+        return 1
+    return examples // training.batch_size
+
+
+def _derived_seed(seed: int, label: str, epoch: int) -> int:
+    digest = hashlib.sha256(f"{seed}/{label}/{epoch}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")
