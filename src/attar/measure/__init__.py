@@ -1,0 +1,1 @@
+"""Metric intervals, latency, size, operations, memory."""
