@@ -124,18 +124,8 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def view(source: Path, place: Path) -> None:
-    """Shows a stored folder at `place`: hard links where the file system allows, else copies.
-
-    Files that people may edit or that are rewritten in place would change the store, so a linked
-    file must only ever be replaced; Attar's own writers do that.
-    """
+    """Shows a stored folder at `place`, as a copy: what a person edits there leaves the store
+    alone."""
     shutil.rmtree(place, ignore_errors=True)
-
-    def link(a: str, b: str) -> None:
-        try:
-            os.link(a, b)
-        except OSError:
-            shutil.copy2(a, b)
-
     with full_disk_as_error(place):
-        shutil.copytree(source, place, copy_function=link)
+        shutil.copytree(source, place)

@@ -112,6 +112,15 @@ class Stage(BaseModel):
     name: ClassVar[str]
     not_after: ClassVar[dict[str, str]] = {}
     """Stages that must not come before this one, and why: refused when the recipe is read."""
+    searched: ClassVar[tuple[str, ...]] = ()
+    """Fields that may be `auto`: the strongest setting that keeps the budget is looked for."""
+    measures_runtime: ClassVar[bool] = False
+    """Whether its result depends on the deploy target (on latencies measured there)."""
+
+    @property
+    def searches(self) -> bool:
+        """Whether its result depends on the budget."""
+        return any(getattr(self, field) == "auto" for field in self.searched)
 
     @abstractmethod
     def apply(self, student: Student, run: Context) -> Student:
