@@ -1,0 +1,143 @@
+"""The Python face: what a recipe says in YAML, said in objects."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import nn
+
+from attar.data import Data, from_loaders
+from attar.errors import UsageError
+from attar.events import Listener, silent
+from attar.pipeline.execute import execute
+from attar.pipeline.job import Job, Origin, handed_in
+from attar.pipeline.result import Run, read_ledger
+from attar.recipe.model import Budget, Deploy
+from attar.stages.base import Stage
+from attar.student import Student
+from attar.tasks.base import Task, tasks
+
+Loaders = Data | Sequence[Iterable[Any]]
+
+
+def compress(
+    teacher: nn.Module,
+    *,
+    data: Loaders,
+    stages: Sequence[Stage],
+    student: nn.Module | None = None,
+    task: str | Task = "image-classification",
+    classes: Sequence[str] | None = None,
+    deploy: Deploy | dict[str, Any] | None = None,
+    budget: Budget | dict[str, Any] | None = None,
+    seed: int = 0,
+    name: str = "compress",
+    out: str | Path | None = None,
+    tell: Listener = silent,
+) -> Run:
+    """Compresses a trained network with the stages given, and proves what it cost.
+
+    teacher: a trained `nn.Module`; it is left as it is. student: a smaller network to be taught, or
+    `None` for a copy of the teacher. data: an `attar.data.Data`, or three iterables of
+    (inputs, targets) that can be gone through again and again: train, validation, test.
+    classes: their names, when `data` are iterables. out: the run's folder, `runs/NAME` by default;
+    what was computed before with the same inputs is not computed again.
+
+    Returns the run: `run.student` is the compressed `nn.Module`, `run.ledger` the table,
+    `run.session(batch)` the exported file, answering. Raises an `AttarError` saying what is wrong.
+
+    Example:
+        >>> run = attar.compress(net, data=(train, validation, test),
+        ...     stages=[attar.Prune(ratio=0.5), attar.Quantize()])  # doctest: +SKIP
+        >>> run.student  # doctest: +SKIP
+    """
+    job = Job(
+        name=name,
+        task=tasks.get(task)() if isinstance(task, str) else task,
+        data=_as_data(data, classes),
+        seed=seed,
+        teacher=handed_in(teacher),
+        student=handed_in(student) if student is not None else None,
+        stages=list(stages),
+        deploy=Deploy.model_validate(deploy or {}),
+        budget=Budget.model_validate(budget or {}),
+    )
+    job = replace(job, text=_as_text(job))
+    return execute(job, Path(out or Path("runs") / name), tell=tell)
+
+
+def load(
+    run: str | Path, *, model: nn.Module | None = None, stage: str | None = None
+) -> nn.Module:
+    """The compressed network of a run, as an ordinary `nn.Module`, in any process.
+
+    run: the run's folder. model: a fresh network of the same class, for a run that was given a
+    module of the person's own (`attar.compress`); it is changed in place. stage: an earlier stage's
+    student, such as `"01-distill"`. Raises `CheckpointError` or `UsageError`.
+    """
+    return load_student(run, model=model, stage=stage).module
+
+
+def load_student(
+    run: str | Path, *, model: nn.Module | None = None, stage: str | None = None
+) -> Student:
+    """Like `load`, with the record of what was done to the network (`.edits`)."""
+    import attar.stages  # noqa: F401 - the edits' kinds are known once their packages are
+    from attar.models import build
+    from attar.stages.base import stages as known
+    from attar.student import load_student as load_from
+
+    known.names()
+    folder = Path(run)
+    if stage is not None:
+        folder = folder / "stages" / stage
+        if not folder.is_dir():
+            there = sorted(p.name for p in (Path(run) / "stages").glob("*"))
+            raise UsageError(f"{run} has no stage {stage!r}; it has: {', '.join(there)}")
+    if (folder / "student").is_dir():
+        folder = folder / "student"
+    return load_from(folder, build=build, module=model)
+
+
+def ledger(run: str | Path) -> dict[str, Any]:
+    """A run's ledger, as `ledger.json` has it."""
+    return read_ledger(Path(run))
+
+
+def _as_text(job: Job) -> str:
+    """The recipe file of a run that was written in Python; networks appear by class."""
+
+    def network(origin: Origin | None) -> dict[str, str] | None:
+        return None if origin is None else {"model": f"python:{type(origin.module).__qualname__}"}
+
+    record = {
+        "name": job.name,
+        "task": job.task.name,
+        "seed": job.seed,
+        "data": {"source": "python", "name": job.data.name},
+        "teacher": network(job.teacher),
+        "student": network(job.student),
+        "stages": [{s.name: s.model_dump(mode="json")} for s in job.stages],
+        "deploy": job.deploy.model_dump(),
+        "budget": job.budget.model_dump(exclude_none=True),
+    }
+    return yaml.safe_dump(record, sort_keys=False)
+
+
+def _as_data(data: Loaders, classes: Sequence[str] | None) -> Data:
+    if isinstance(data, Data):
+        return data
+    splits = tuple(data)
+    if len(splits) != 3:
+        raise UsageError(
+            f"data has {len(splits)} parts; give three: train, validation (choices are made on it) "
+            "and test (only reported on)"
+        )
+    return from_loaders(*splits, classes=classes)
+
+
+__all__ = ["compress", "ledger", "load", "load_student"]
