@@ -10,6 +10,7 @@ Example:
     >>> student = attar.load("runs/compress")  # doctest: +SKIP
 """
 
+# ruff: noqa: F401 - type checkers see the imports, everyone else the table below
 from __future__ import annotations
 
 import importlib
@@ -53,7 +54,7 @@ _HOMES = {
 
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = ["__version__", *sorted(_HOME_OF)]  # noqa: PLE0604
+__all__ = ["__version__", *sorted(_HOME_OF)]
 
 
 def __getattr__(name: str) -> Any:
