@@ -58,6 +58,11 @@ class Task(ABC):
     def value(self, statistics: np.ndarray) -> float:
         """The metric of these examples."""
 
+    def hits(self, statistics: np.ndarray) -> np.ndarray | None:
+        """Zeros and ones, (N,), where the metric is the share of ones: closed-form intervals are
+        used then. `None` for any other metric."""
+        return None
+
     def further_values(self, statistics: np.ndarray) -> dict[str, float]:
         """Other metrics worth showing beside the judged one, by name (AUC beside accuracy)."""
         return {}
