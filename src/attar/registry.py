@@ -12,6 +12,7 @@ import inspect
 import pkgutil
 from collections.abc import Callable
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from typing import Generic, TypeVar
 
 from attar.errors import UsageError
@@ -58,7 +59,10 @@ class Registry(Generic[T]):
 
     def get(self, name: str) -> T:
         """The part called `name`. Raises `UsageError` naming near ones."""
-        self._load()
+        if name not in self._parts:
+            self._import_own_file(name)
+        if name not in self._parts:
+            self._load()
         if name not in self._parts:
             raise UsageError(f"unknown {self.kind} {name!r}{near(name, self.names())}")
         return self._parts[name]
@@ -73,6 +77,13 @@ class Registry(Generic[T]):
         return {
             name: (inspect.getdoc(self.get(name)) or "").split("\n")[0] for name in self.names()
         }
+
+    def _import_own_file(self, name: str) -> None:
+        """Imports the file called like the part, if there is one: a machine that only answers can
+        ask for its runtime without importing the rest of the package, which may need PyTorch."""
+        module = name.replace("-", "_")
+        if module.isidentifier() and find_spec(f"{self.package}.{module}") is not None:
+            importlib.import_module(f"{self.package}.{module}")
 
     def _load(self) -> None:
         if self._loaded:

@@ -68,3 +68,11 @@ class Runtime(ABC):
     ) -> list[Path]:
         """The runtime's own post-training quantization of an exported float model, its defaults:
         what anyone gets without Attar."""
+
+    def describe(self, folder: Path) -> dict[str, Any]:
+        """What the manifest's `runtime` says: `name`, `version`, and what else loading needs."""
+        return {"name": self.name, "version": self.available()[1]}
+
+    def embed(self, folder: Path, core: dict[str, Any]) -> None:  # noqa: B027 - a format may have no place
+        """Writes the manifest's core (schema, task, inputs, outputs) into the model file, where the
+        format has a place for it, so that the file alone says what its input wants."""

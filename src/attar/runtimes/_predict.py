@@ -1,0 +1,247 @@
+"""Answers with the model in this folder. Needs numpy and onnxruntime, and Pillow for images.
+
+    python predict.py picture.png [more.png ...] [--top 3]   class names and probabilities
+    python predict.py input.npy                              an input that is prepared already
+    python predict.py --bench [--threads 1] [--batch 1]      replay stored answers, time, as JSON
+
+This file is copied into every bundle and imports nothing of Attar. `manifest.json` beside it says
+what the model's input wants. Exit code: 0 done, 1 failed or answers differ, 2 wrong usage.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+SCHEMA = 1
+FLOAT_DIFFERENCE, QUANTIZED_DIFFERENCE = 1e-3, 0.05
+"""How far another machine's answers may be, as shares of their scale."""
+
+
+class Problem(Exception):
+    """Something the person can act on, in one sentence."""
+
+
+def main() -> int:
+    options = parse()
+    try:
+        manifest = read_manifest()
+        session = load(manifest, options.threads)
+        if options.bench:
+            return bench(manifest, session, options)
+        for name in options.inputs:
+            answer(manifest, session, name, options)
+    except Problem as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Answers with the model in this folder.", epilog="No PyTorch is needed."
+    )
+    parser.add_argument("inputs", nargs="*", help="images, or .npy files of prepared inputs")
+    parser.add_argument("--top", type=int, default=3, help="how many classes to show (default 3)")
+    parser.add_argument("--json", action="store_true", help="print a JSON object per input")
+    parser.add_argument("--bench", action="store_true", help="check the stored answers and time")
+    parser.add_argument("--threads", type=int, default=1, help="threads of one call (default 1)")
+    parser.add_argument("--batch", type=int, default=1, help="examples a timed call (default 1)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="how long to time (default 2)")
+    options = parser.parse_args()
+    if bool(options.inputs) == options.bench:
+        parser.error("give inputs to answer, or --bench")
+    if min(options.threads, options.batch, options.top) < 1 or not options.seconds > 0:
+        parser.error("--threads, --batch, --top and --seconds must be positive")
+    return options
+
+
+def read_manifest() -> dict[str, Any]:
+    path = HERE / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        schema = manifest["schema"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Problem(f"{path} can't be read ({error}): copy the whole bundle folder") from None
+    if schema > SCHEMA:
+        raise Problem(f"{path} has schema {schema}; this predict.py reads up to {SCHEMA}")
+    return manifest
+
+
+def load(manifest: dict[str, Any], threads: int) -> Any:
+    for entry in [*manifest["files"], manifest["golden"]]:
+        verify(entry)
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise Problem(f"onnxruntime is missing: pip install onnxruntime ({error})") from None
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = threads
+    settings.inter_op_num_threads = 1
+    settings.log_severity_level = 4
+    for key, value in manifest["runtime"].get("config", {}).items():
+        settings.add_session_config_entry(key, value)
+    path = HERE / manifest["files"][0]["path"]
+    try:
+        return ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's errors share no base class
+        raise Problem(f"onnxruntime {ort.__version__} can't load {path}: {error}") from None
+
+
+def verify(entry: dict[str, Any]) -> None:
+    path = HERE / entry["path"]
+    try:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        raise Problem(f"{path} is missing: copy the whole bundle folder") from None
+    if digest != entry["sha256"]:
+        raise Problem(f"{path} is damaged or was changed: copy the bundle again")
+
+
+def answer(manifest: dict[str, Any], session: Any, name: str, options: argparse.Namespace) -> None:
+    inputs = read(Path(name), manifest["inputs"])
+    try:
+        outputs = session.run(None, dict(zip(names(session), inputs, strict=True)))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise Problem(f"the model does not take {name}: {reason}") from None
+    meaning = manifest["outputs"][0]
+    ranked = rank(outputs[0][0], meaning.get("classes"))[: options.top]
+    if options.json:
+        top = [{"class": label, "probability": round(p, 6)} for label, p in ranked]
+        print(json.dumps({"input": name, "answers": top}, ensure_ascii=False))
+        return
+    if len(options.inputs) > 1:
+        print(f"{name}:")
+    for label, probability in ranked:
+        print(f"{label:<20} {probability:7.2%}")
+
+
+def names(session: Any) -> list[str]:
+    return [i.name for i in session.get_inputs()]
+
+
+def read(path: Path, inputs: list[dict[str, Any]]) -> list[np.ndarray]:
+    if path.suffix == ".npy":
+        try:
+            array = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise Problem(f"can't read {path}: {error}") from None
+        return [array.astype(inputs[0]["dtype"])]
+    if "color" not in inputs[0]:
+        raise Problem(f"this model takes no images: give its prepared input as .npy, not {path}")
+    return [read_image(path, inputs[0])]
+
+
+def read_image(path: Path, wanted: dict[str, Any]) -> np.ndarray:
+    """Pixels 0-255, times `scale`, minus `mean`, over `std`; a batch of one."""
+    try:
+        from PIL import Image, ImageOps
+    except ImportError as error:
+        raise Problem(f"Pillow is missing: pip install pillow ({error})") from None
+    try:
+        image: Image.Image = Image.open(path)
+        image.load()
+    except Exception as error:  # codecs raise whatever they like at damaged files
+        reason = "no such file" if isinstance(error, FileNotFoundError) else str(error)
+        raise Problem(f"can't read the image {path}: {reason}") from None
+    if image.mode[0] in "IF":
+        raise Problem(f"the image {path} has more than 8 bits a channel: save it with 8")
+    image = image.convert({"gray": "L", "rgb": "RGB"}[wanted["color"]])
+    if resize := wanted.get("resize"):
+        size = (resize["width"], resize["height"])
+        if resize.get("fit") == "crop":
+            image = ImageOps.fit(image, size, Image.Resampling.BILINEAR)
+        else:
+            image = image.resize(size, Image.Resampling.BILINEAR)
+    pixels = np.asarray(image, dtype=np.float32).reshape(image.height, image.width, -1)
+    mean = np.asarray(wanted["mean"], dtype=np.float32)
+    std = np.asarray(wanted["std"], dtype=np.float32)
+    prepared = (pixels * np.float32(wanted["scale"]) - mean) / std
+    if wanted["layout"] == "NCHW":
+        prepared = prepared.transpose(2, 0, 1)
+    return np.ascontiguousarray(prepared[None])
+
+
+def rank(logits: np.ndarray, classes: list[str] | None) -> list[tuple[str, float]]:
+    """Class names with probabilities, best first; a single logit is that of the second class."""
+    flat = np.asarray(logits, dtype=np.float64).reshape(-1)
+    if flat.size == 1:
+        flat = np.array([0.0, flat[0]])
+    odds = np.exp(flat - flat.max())
+    probabilities = odds / odds.sum()
+    labels = classes or [str(i) for i in range(flat.size)]
+    return [(labels[i], float(probabilities[i])) for i in np.argsort(-probabilities)]
+
+
+def bench(manifest: dict[str, Any], session: Any, options: argparse.Namespace) -> int:
+    import onnxruntime as ort
+
+    with np.load(HERE / manifest["golden"]["path"], allow_pickle=False) as arrays:
+        inputs = [arrays[n] for n in sorted(arrays.files) if n.startswith("input_")]
+        expected = [arrays[n] for n in sorted(arrays.files) if n.startswith("output_")]
+    given = names(session)
+    found = session.run(None, dict(zip(given, inputs, strict=True)))
+    apart = [float(np.abs(a - b).max()) for a, b in zip(expected, found, strict=True)]
+    scales = [max(1.0, float(np.abs(a).max())) for a in expected]
+    limit = QUANTIZED_DIFFERENCE if "quantization" in manifest else FLOAT_DIFFERENCE
+    agrees = all(d <= limit * s for d, s in zip(apart, scales, strict=True))
+    rows = np.arange(options.batch) % len(inputs[0])
+    feed = dict(zip(given, [x[rows] for x in inputs], strict=True))
+    times = time_calls(lambda: session.run(None, feed), options.seconds)
+    report = {
+        "agrees": agrees,
+        "max_abs_diff": max(apart),
+        "n": len(inputs[0]),
+        "latency": {
+            "batch": options.batch,
+            "threads": options.threads,
+            "p50_ms": round(float(np.percentile(times, 50)), 4),
+            "p90_ms": round(float(np.percentile(times, 90)), 4),
+            "n": len(times),
+        },
+        "bytes": sum(entry["bytes"] for entry in manifest["files"]),
+        "process_memory_mb": peak_memory_mb(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "onnxruntime": ort.__version__,
+        "python": platform.python_version(),
+    }
+    print(json.dumps(report, indent=2))
+    return 0 if agrees else 1
+
+
+def time_calls(call: Any, seconds: float) -> list[float]:
+    """Milliseconds of each call, after a warm-up of a tenth of the time."""
+    stop = time.perf_counter() + seconds / 10
+    while time.perf_counter() < stop:
+        call()
+    times: list[float] = []
+    stop = time.perf_counter() + seconds
+    while time.perf_counter() < stop or not times:
+        start = time.perf_counter_ns()
+        call()
+        times.append((time.perf_counter_ns() - start) / 1e6)
+    return times
+
+
+def peak_memory_mb() -> float | None:
+    """The most memory this whole process has held, in 10^6 bytes; unknown on Windows."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""ONNX Runtime: one `.onnx` file, answering on any processor that ONNX Runtime knows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from attar.errors import BundleError
+from attar.runtimes.base import GraphPasses, Runtime, Session, runtimes
+
+
+@runtimes.register("onnxruntime")
+class OnnxRuntime(Runtime):
+    """ONNX Runtime on the CPU: float and int8 kernels, graph passes, one `.onnx` file."""
+
+    name: ClassVar[str] = "onnxruntime"
+    model_file: ClassVar[str] = "model.onnx"
+
+    @classmethod
+    def available(cls) -> tuple[bool, str]:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            return False, f"pip install onnxruntime ({error})"
+        try:
+            return True, version("onnxruntime")
+        except PackageNotFoundError:  # a build under another name, such as onnxruntime-gpu
+            return True, onnxruntime.__version__
+
+    def export(
+        self,
+        student: Any,
+        folder: Path,
+        *,
+        example: tuple[Any, ...],
+        dynamic_shapes: tuple[dict[int, Any], ...],
+        names: tuple[list[str], list[str]],
+        optimise: bool = False,
+    ) -> list[Path]:
+        from attar.runtimes.onnxruntime_export import export_onnx
+        from attar.runtimes.onnxruntime_graph import optimise_file, save, tidy
+
+        proto = export_onnx(student, example=example, dynamic_shapes=dynamic_shapes, names=names)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / self.model_file
+        save(tidy(proto), path)
+        if optimise:
+            optimise_file(path, [t.detach().cpu().numpy() for t in example])
+        return [path]
+
+    def session(self, folder: Path, *, threads: int = 1, passes: GraphPasses = "all") -> Session:
+        from attar.runtimes.onnxruntime_session import OnnxSession
+
+        path = folder / self.model_file
+        if not path.exists():
+            raise BundleError(f"{path} is missing")
+        return OnnxSession(path, threads=threads, passes=passes)
+
+    def plain_int8(
+        self, source: Path, folder: Path, calibration: Iterable[tuple[np.ndarray, ...]]
+    ) -> list[Path]:
+        from attar.runtimes.onnxruntime_plain import quantize_plainly
+
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / self.model_file
+        quantize_plainly(source / self.model_file, path, calibration)
+        return [path]
+
+    def describe(self, folder: Path) -> dict[str, Any]:
+        import onnx
+
+        from attar.runtimes.onnxruntime_session import CONFIG
+
+        proto = onnx.load(str(folder / self.model_file), load_external_data=False)
+        opset = next(o.version for o in proto.opset_import if o.domain == "")
+        return {**super().describe(folder), "opset": opset, "config": CONFIG}
+
+    def embed(self, folder: Path, core: dict[str, Any]) -> None:
+        from attar.runtimes.onnxruntime_graph import embed
+
+        embed(folder / self.model_file, core)

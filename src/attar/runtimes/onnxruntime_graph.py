@@ -1,0 +1,145 @@
+"""ONNX files kept small, and optimised before they are deployed."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from onnx import numpy_helper
+
+from attar.runtimes.onnxruntime_session import Level, OnnxSession, load, options
+
+CORE_KEY = "attar"
+"""The metadata key that holds the manifest's core."""
+
+
+def tidy(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Strips, in place, what no session reads: the exporter's notes on every node, documentation,
+    shapes of inner values, unused operator sets; one copy is kept of equal constants, as raw bytes.
+    """
+    del proto.metadata_props[:]
+    proto.doc_string = ""
+    _tidy_graph(proto.graph)
+    used = {node.domain for node in proto.graph.node} | {f.domain for f in proto.functions} | {""}
+    kept = [o for o in proto.opset_import if o.domain in used]
+    del proto.opset_import[:]
+    proto.opset_import.extend(kept)
+    return proto
+
+
+def _tidy_graph(graph: onnx.GraphProto) -> None:
+    graph.doc_string = ""
+    del graph.value_info[:]
+    del graph.metadata_props[:]
+    del graph.quantization_annotation[:]
+    for value in (*graph.input, *graph.output):
+        value.doc_string = ""
+        del value.metadata_props[:]
+    for node in graph.node:
+        node.doc_string = ""
+        del node.metadata_props[:]
+        for attribute in node.attribute:
+            attribute.doc_string = ""
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                _tidy_graph(attribute.g)
+    _share_constants(graph)
+
+
+def _share_constants(graph: onnx.GraphProto) -> None:
+    kept: dict[tuple[Any, ...], onnx.TensorProto] = {}
+    same: dict[str, str] = {}
+    outputs = {o.name for o in graph.output}
+    tensors = []
+    for tensor in graph.initializer:
+        plain = tensor
+        if not tensor.HasField("raw_data") and tensor.data_type != onnx.TensorProto.STRING:
+            plain = numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name)
+        plain.doc_string = ""
+        del plain.metadata_props[:]
+        key = (plain.data_type, tuple(plain.dims), plain.raw_data)
+        if plain.raw_data and key in kept and plain.name not in outputs:
+            same[plain.name] = kept[key].name
+        else:
+            kept[key] = plain
+            tensors.append(plain)
+    tensors = [_copied(t) for t in tensors]
+    del graph.initializer[:]
+    graph.initializer.extend(tensors)
+    rename_values(graph, same)
+
+
+def _copied(tensor: onnx.TensorProto) -> onnx.TensorProto:
+    copy = onnx.TensorProto()
+    copy.CopyFrom(tensor)
+    return copy
+
+
+def rename_values(graph: onnx.GraphProto, names: dict[str, str]) -> None:
+    """Calls values by other names, in place, wherever nodes make or take them."""
+    for node in graph.node:
+        node.input[:] = [names.get(n, n) for n in node.input]
+        node.output[:] = [names.get(n, n) for n in node.output]
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                rename_values(attribute.g, names)
+
+
+def save(proto: onnx.ModelProto, path: Path) -> None:
+    """Writes the model, the same bytes for the same model."""
+    path.write_bytes(proto.SerializeToString(deterministic=True))
+
+
+def embed(path: Path, core: dict[str, Any]) -> None:
+    """Puts the manifest's core into the file, under the metadata key `attar`, so that the file
+    alone says what its input wants."""
+    proto = onnx.load(str(path))
+    entry = next((e for e in proto.metadata_props if e.key == CORE_KEY), None)
+    entry = entry if entry is not None else proto.metadata_props.add(key=CORE_KEY)
+    entry.value = json.dumps(core, ensure_ascii=False, separators=(",", ":"))
+    save(proto, path)
+
+
+def optimised(
+    path: Path, level: ort.GraphOptimizationLevel, *, portable: bool = False
+) -> onnx.ModelProto:
+    """The graph that ONNX Runtime's passes up to `level` make of the file, as it would run here
+    or, `portable`, as it could run anywhere."""
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "optimised.onnx"
+        settings = options(1, level, portable=portable)
+        settings.optimized_model_filepath = str(target)
+        load(path, settings)
+        return onnx.load(str(target))
+
+
+def optimise_file(path: Path, example: Sequence[np.ndarray]) -> bool:
+    """Replaces the file by the graph ONNX Runtime's portable passes make of it: constants folded,
+    nodes fused, quantize/dequantize pairs turned into 8-bit operators. Passes that lay data out
+    for one processor are left to the session, which knows where it runs.
+
+    Kept only if it answers `example` as the file did before; returns whether it was.
+    """
+    after = tidy(optimised(path, Level.ORT_ENABLE_EXTENDED, portable=True))
+    candidate = path.with_suffix(".optimised")
+    try:
+        save(after, candidate)
+        kept = _same_answers(path, candidate, example)
+        if kept:
+            candidate.replace(path)
+    finally:
+        candidate.unlink(missing_ok=True)
+    return kept
+
+
+def _same_answers(before: Path, after: Path, example: Sequence[np.ndarray]) -> bool:
+    answers = [OnnxSession(path)(*example) for path in (before, after)]
+    return all(
+        a.shape == b.shape and np.allclose(a, b, rtol=1e-4, atol=1e-5 * max(1, np.abs(a).max()))
+        for a, b in zip(*answers, strict=True)
+    )
