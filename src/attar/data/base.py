@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -27,8 +27,11 @@ class Split(Protocol):
 
     name: str
     """train, validation or test."""
-    fingerprint: str
-    """A hash of the content and its preparation: equal splits have equal ones on any machine."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of content and preparation: equal splits have equal ones on any machine."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -46,6 +49,10 @@ class Split(Protocol):
     ) -> Iterator[Batch]:
         """One pass. Order and augmentation depend on (seed, epoch) alone, so that a pass can be
         repeated. `rank` of `world` processes gets its share of every batch's examples."""
+        ...
+
+    def pick(self, indices: Sequence[int]) -> Batch:
+        """The examples at these places, not augmented, in the order given."""
         ...
 
 
