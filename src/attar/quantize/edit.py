@@ -1,0 +1,186 @@
+"""The edit that quantization leaves: its scheme and grids, enough to make the same graph again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from attar.errors import CheckpointError, UsageError
+from attar.quantize.cpu import safe_on
+from attar.quantize.graph import capture, pad_integers
+from attar.quantize.observers import ActivationHistogram, Grid, PerChannelWeight
+from attar.student import Edit
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What is quantized, and how.
+
+    runtime: whose kernels the graph is made for. weight_bits: 8, or 7 for processors whose 8-bit
+    products overflow. float_layers: paths of modules that stay float with all inside them; `*`
+    stands for anything. observer, calibration: how the grids were chosen, from how many examples.
+    """
+
+    runtime: str = "onnxruntime"
+    weight_bits: int = 8
+    float_layers: tuple[str, ...] = ()
+    observer: str = "mse"
+    calibration: int = 0
+
+    @property
+    def all_float(self) -> bool:
+        """Whether the whole network computes in float."""
+        return "*" in self.float_layers
+
+
+Grids = dict[str, tuple[Tensor, Tensor]]
+"""Scale and zero point by the observer's key: one each, or one an output channel for a weight."""
+
+
+class Quantized(Edit):
+    """An int8 network: static, uint8 activations, int8 weights with a scale an output channel.
+
+    The weights stay as they were, in float; `graph` makes the quantized graph from them and the
+    grids, the same in any process. So the promise is that the weights are still those that the
+    grids were chosen for.
+    """
+
+    kind: ClassVar[str] = "quantized"
+
+    def __init__(self, scheme: Scheme, grids: Grids, weights_sha256: str) -> None:
+        self.scheme = scheme
+        self.grids = grids
+        self.weights_sha256 = weights_sha256
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "scheme": asdict(self.scheme),
+            "safe_on": safe_on(self.scheme.weight_bits),
+            "grids": list(self.grids),
+            "weights_sha256": self.weights_sha256,
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {
+            f"{name}/{key}": tensor
+            for key, grid in self.grids.items()
+            for name, tensor in zip(("scale", "zero_point"), grid, strict=True)
+        }
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any], tensors: dict[str, Tensor]) -> Quantized:
+        try:
+            grids = {
+                k: (tensors[f"scale/{k}"], tensors[f"zero_point/{k}"]) for k in record["grids"]
+            }
+        except KeyError as error:
+            raise CheckpointError(f"the student's quantization lacks {error}") from None
+        known = record["scheme"]
+        scheme = Scheme(**{**known, "float_layers": tuple(known["float_layers"])})
+        return cls(scheme, grids, record["weights_sha256"])
+
+    def check(self, module: nn.Module) -> list[str]:
+        if weights_sha256(module) == self.weights_sha256:
+            return []
+        return ["weights changed after quantization, so its scales no longer fit them"]
+
+    def graph(
+        self,
+        module: nn.Module,
+        example: tuple[Any, ...],
+        dynamic_shapes: tuple[dict[int, Any], ...],
+    ) -> nn.Module | None:
+        """The converted PT2E graph; `None` where the whole network stays float.
+
+        Raises `CheckpointError` when the network's graph is not the one that was quantized.
+        """
+        if self.scheme.all_float:
+            return None
+        prepared = prepare(module, example, dynamic_shapes, self.scheme)
+        grids = observers(prepared)
+        if missing := grids.keys() ^ self.grids.keys():
+            raise CheckpointError(
+                f"the network's graph is not the one that was quantized: {min(missing)} is in one "
+                "of them only; quantize the student again with the versions installed now"
+            )
+        for key, observer in grids.items():
+            observer.fix(*self.grids[key])
+        return convert(prepared)
+
+    def summary(self) -> str:
+        if self.scheme.all_float:
+            return "int8 does not pay here: every layer stays float"
+        kept = len(self.scheme.float_layers)
+        bits = self.scheme.weight_bits
+        text = f"int8, {bits}-bit weights (safe on {safe_on(bits)})"
+        return text + (f", {kept} layers stay float" if kept else "")
+
+
+def prepare(
+    module: nn.Module,
+    example: tuple[Any, ...],
+    dynamic_shapes: tuple[dict[int, Any], ...],
+    scheme: Scheme,
+) -> GraphModule:
+    """The network's graph with an observer at every tensor that the runtime wants on a grid."""
+    from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
+
+    if scheme.runtime != "onnxruntime":
+        raise UsageError(
+            f"int8 graphs are made for the runtime onnxruntime, not {scheme.runtime!r}"
+        )
+    from attar.runtimes.onnxruntime_quantizer import OnnxRuntimeQuantizer
+
+    graph = capture(module, example, dynamic_shapes)
+    quantizer = OnnxRuntimeQuantizer(
+        activation=ActivationHistogram.with_args(clip=scheme.observer),
+        weight=PerChannelWeight.with_args(),
+        weight_bits=scheme.weight_bits,
+        float_layers=scheme.float_layers,
+    )
+    with torch.no_grad():
+        return prepare_pt2e(graph, quantizer)
+
+
+def convert(prepared: GraphModule) -> GraphModule:
+    """The graph on the grids its observers hold: quantize and dequantize nodes in their stead."""
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
+
+    with torch.no_grad():
+        graph = convert_pt2e(prepared)
+    pad_integers(graph)
+    return graph
+
+
+def observers(prepared: GraphModule) -> dict[str, Grid]:
+    """The observers of a prepared graph, by key."""
+    return {m.key: m for m in prepared.modules() if isinstance(m, Grid)}
+
+
+def quantized_reference(
+    edits: Collection[Edit],
+    module: nn.Module,
+    example: tuple[Any, ...],
+    dynamic_shapes: tuple[dict[int, Any], ...],
+) -> nn.Module | None:
+    """The graph that a quantized student's export must answer like, in PyTorch; `None` for a
+    student that isn't quantized."""
+    graph = None
+    for edit in edits:
+        graph = edit.graph(graph or module, example, dynamic_shapes) or graph
+    return graph
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """A hash of a network's parameters and buffers, names and all."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
