@@ -79,8 +79,8 @@ def framed(image: Image.Image, frame: Frame, name: str) -> np.ndarray:
     size = (frame.width, frame.height)
     if frame.fit == "same" and image.size != size:
         raise DataError(
-            f"the image {name} is {image.width}×{image.height} where the first one is "
-            f"{frame.width}×{frame.height}: give the data a `size`"
+            f"the image {name} is {image.width}×{image.height} where {frame.width}×{frame.height} "
+            "was expected, as nothing says how to scale it: give the data a `size`"
         )
     if not frame.convert and image.mode not in ("1", "L", "LA"):
         raise DataError(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,18 +16,20 @@ from attar.data.images import SCALE, fit_images, preparation
 from attar.data.parts import Parts, Source, sources
 from attar.data.splits import Rows, divided, reduced
 from attar.errors import DataError, UsageError
+from attar.files import Trust, from_file, is_reference
 
 SOURCE_FIELDS = ("name", "root", "path", "columns", "download", "arguments")
 STATISTICS_BLOCK = 1024
 
 
-def load_data(config: DataConfig, *, seed: int = 0) -> Data:
+def load_data(config: DataConfig, *, seed: int = 0, trusted: Trust = False) -> Data:
     """Reads the data set and divides it into train, validation and test.
 
     Splits are drawn by `config.seed`; `seed` is the run's and draws only the training `subset`.
     Validation is the data's own, or a stratified tenth of train, or what `config.validation` says;
     without a test split, a fifth of train is the test. Mean and standard deviation come from the
     training examples that are left. `Data.notes` says what was decided.
+    trusted: whether a person's own file may be run (see `attar.files.allow`).
 
     Raises `DataError` for data that can't be read or don't fit together, `UsageError` for settings
     that can't be followed.
@@ -39,7 +39,7 @@ def load_data(config: DataConfig, *, seed: int = 0) -> Data:
         >>> len(data.train), len(data.validation), len(data.test), data.shape
         (1294, 144, 359, (1, 8, 8))
     """
-    parts = _fitted(_checked(_read(config), config), config)
+    parts = _fitted(_checked(_read(config, trusted), config), config)
     train, validation, test, notes = divided(parts, config.validation, config.seed)
     if config.subset is not None:
         train = reduced(train, config.subset, seed)
@@ -72,30 +72,21 @@ def load_data(config: DataConfig, *, seed: int = 0) -> Data:
     )
 
 
-def _read(config: DataConfig) -> Parts:
-    kind = _own_source(config.source) if ".py:" in config.source else sources.get(config.source)
+def _read(config: DataConfig, trusted: Trust) -> Parts:
+    own = is_reference(config.source)
+    kind = _own_source(config.source, trusted) if own else sources.get(config.source)
     for field in SOURCE_FIELDS:
         if getattr(config, field) and field not in kind.takes:
             raise UsageError(f"the data source {config.source!r} takes no `{field}`")
     return kind().load(config)
 
 
-def _own_source(written: str) -> type[Source]:
-    """The class `Name` of a person's `file.py:Name`. Its file is run."""
-    file, _, name = written.rpartition(":")
-    path = Path(file).expanduser()
-    if not path.is_file():
-        raise UsageError(f"no file {path} to take the data source {name} from")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # a person's own code
-        raise UsageError(f"{path} can't be run: {type(error).__name__}: {error}") from error
-    found = getattr(module, name, None)
+def _own_source(reference: str, trusted: Trust) -> type[Source]:
+    found = from_file(reference, trusted)
     if not (isinstance(found, type) and issubclass(found, Source)):
-        raise UsageError(f"{path} has no class {name} made from attar.data.Source")
+        raise UsageError(
+            f"{reference} is no data source: it must be a subclass of attar.data.Source"
+        )
     return found
 
 

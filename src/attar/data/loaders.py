@@ -64,7 +64,7 @@ def from_loaders(
     for split in splits:
         _require_labels(split, len(names))
     if preparation is None:
-        preparation = _unknown_preparation(shape)
+        preparation = {"layout": "NCHW"} if len(shape) == 3 else {}
         notes.append("How the loaders prepare their inputs is not known, so no file can be read.")
     return Data(name=name, classes=names, shape=shape, preparation=preparation, notes=notes, **made)
 
@@ -376,16 +376,3 @@ def _require_labels(split: Split, count: int) -> None:
         raise UsageError(
             f"{split.name} has the label {low if low < 0 else high}, but there are {count} classes"
         )
-
-
-def _unknown_preparation(shape: tuple[int, ...]) -> dict[str, Any]:
-    if len(shape) != 3:
-        return {}
-    return {
-        "layout": "NCHW",
-        "color": {1: "gray", 3: "rgb"}.get(shape[0]),
-        "resize": None,
-        "scale": None,
-        "mean": None,
-        "std": None,
-    }

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from attar.data.base import Batch, Data
+from attar.data.base import Batch, Data, Split
 from attar.registry import Registry
 
 tasks: Registry[type[Task]] = Registry("task", "attar.tasks")
@@ -28,6 +29,19 @@ class Metric:
     unit: str
     """`fraction` for what people read in %."""
     higher_is_better: bool = True
+
+
+class Verdicts(NamedTuple):
+    """What was answered to each example, all (N,).
+
+    right: bool, whether the answer is the label. label, answer: int64, places in the classes.
+    confidence: float64, the probability given to the answer.
+    """
+
+    right: np.ndarray
+    label: np.ndarray
+    answer: np.ndarray
+    confidence: np.ndarray
 
 
 class Task(ABC):
@@ -88,8 +102,25 @@ class Task(ABC):
     def answer(self, output: Any, outputs: list[dict[str, Any]]) -> list[tuple[str, float]]:
         """What one output says, for people: (class name, probability), best first."""
 
+    def check_output(self, output: Any, data: Data) -> None:  # noqa: B027 - not every task can
+        """Raises `DataError` where a network's output can't be an answer about these data: another
+        number of classes, for instance. Ask it once, before anything long."""
+
+    def verdicts(self, statistics: np.ndarray) -> Verdicts | None:
+        """Every example's answer, for the report; `None` for tasks without right and wrong."""
+        return None
+
+    def per_class(self, statistics: np.ndarray, data: Data) -> tuple[np.ndarray, np.ndarray] | None:
+        """The share of right answers in each of `data.classes`, float64, NaN for a class without
+        examples, and the number of its examples, int64; `None` for tasks without classes."""
+        return None
+
+    def show(self, split: Split, indices: Sequence[int], data: Data) -> list[str]:
+        """Each of these examples as a data URI of a PNG picture, for the report; empty for tasks
+        whose examples are no pictures."""
+        return []
+
     def dynamic_shapes(self, example: tuple[Tensor, ...]) -> tuple[dict[int, Any], ...]:
         """Which dimensions of each input vary at run time. Default: the batch."""
         batch = torch.export.Dim("batch", min=1)
         return tuple({0: batch} for _ in example)
-
