@@ -1,6 +1,7 @@
 """A bundle is whole or refused, and answers where there is no PyTorch."""
 
 import errno
+import hashlib
 import json
 import subprocess
 import sys
@@ -47,7 +48,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def write_model(folder: Path) -> list[Path]:
-    """Logits -s, s, 0 of the sum s of the prepared pixels: what the answer is can be said by hand."""
+    """Logits -s, s, 0 of the sum s of the prepared pixels: answers that can be said by hand."""
     weight = np.stack([-np.ones(16), np.ones(16), np.zeros(16)]).astype(np.float32)
     graph = helper.make_graph(
         [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import json
 import linecache
 import logging
@@ -62,7 +63,7 @@ def _trace(module: nn.Module, example: tuple[Any, ...], dynamic_shapes: Any, net
         with torch.no_grad():
             return torch.export.export(module, example, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:  # the exporter runs the person's code: anything can come out of it
-        raise ExportError(f"can't export {network}: {_reason(error)}{_place(error)}") from error
+        raise ExportError(f"can't export {network}{_place(error)}: {_reason(error)}") from error
 
 
 def _translate(
@@ -84,7 +85,7 @@ def _translate(
             verbose=False,
         )
     except Exception as error:
-        raise ExportError(f"can't export {network}: {_untranslated(program, error)}") from error
+        raise ExportError(f"can't export {network}{_untranslated(error)}") from error
     assert exported is not None
     return exported.model_proto
 
@@ -104,7 +105,7 @@ def _quiet() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -122,25 +123,34 @@ def _reason(error: BaseException) -> str:
 
 
 def _place(error: BaseException) -> str:
-    """` at net.py, line 7 (if x.sum() > 0:)`: the innermost line that is the person's own."""
-    own = [
-        frame
+    """`, at net.py line 7 (if x.sum() > 0:)`: the innermost line that is the person's own."""
+    frames = [
+        (frame.filename, frame.lineno or 0)
         for frame in traceback.extract_tb(error.__traceback__)
-        if frame.name == "forward" and "/torch/" not in Path(frame.filename).as_posix()
+        if frame.name == "forward"
     ]
-    quoted = re.findall(r'File "([^"]+)", line (\d+), in forward', str(error))
-    if quoted and "/torch/" not in quoted[-1][0]:
-        path, line = quoted[-1][0], int(quoted[-1][1])
-    elif own:
-        path, line = own[-1].filename, own[-1].lineno or 0
-    else:
+    return _own_line([*frames, *_quoted(str(error))])
+
+
+def _quoted(text: str) -> list[tuple[str, int]]:
+    """The lines of code that a stack trace in words names."""
+    return [(path, int(line)) for path, line in re.findall(r'File "([^"]+)", line (\d+)', text)]
+
+
+def _own_line(frames: list[tuple[str, int]]) -> str:
+    import torch
+
+    library = Path(torch.__file__).parent
+    own = [frame for frame in frames if library not in Path(frame[0]).parents]
+    if not own:
         return ""
+    path, line = own[-1]
     code = linecache.getline(path, line).strip()
-    return f", at {Path(path).name}, line {line}" + (f" ({code})" if code else "")
+    return f", at {Path(path).name} line {line}" + (f" ({code})" if code else "")
 
 
-def _untranslated(program: Any, error: BaseException) -> str:
-    """Which operation of the traced program ONNX has no word for, and whose it is."""
+def _untranslated(error: BaseException) -> str:
+    """Which operation of the traced program ONNX has no word for, and the line that asks for it."""
     chain: list[BaseException] = []
     link: BaseException | None = error
     while link is not None:
@@ -148,24 +158,22 @@ def _untranslated(program: Any, error: BaseException) -> str:
         link = link.__cause__
     text = "\n".join(str(e) for e in chain)
     operation = re.search(r"No ONNX function found for <OpOverload\(op='([^']+)'", text)
-    node = re.search(r"Error when translating node %(\w+)", text)
     if operation is None:
-        return _reason(chain[-1])
-    where = _where(program, node.group(1)) if node else ""
+        return f": {_reason(chain[-1])}"
     return (
-        f"the operation {operation.group(1)}{where} has no ONNX counterpart; "
-        "a network without it would work"
+        f"{_own_line(_quoted(_trace_of_node(chain)))}: the operation {operation.group(1)} has no "
+        "ONNX counterpart; a network without it would work"
     )
 
 
-def _where(program: Any, name: str) -> str:
-    for node in program.graph.nodes:
-        if node.name == name:
-            frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-            if frames:
-                path, line = frames[-1]
-                code = linecache.getline(path, int(line)).strip()
-                return f" at {Path(path).name}, line {line} ({code})"
+def _trace_of_node(chain: list[BaseException]) -> str:
+    """The stack trace noted on the node under translation. The exporter's error only has its name
+    in a graph of its own, but its frames hold the node."""
+    for error in chain:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            trace = getattr(frame.f_locals.get("node"), "stack_trace", None)
+            if trace:
+                return trace
     return ""
 
 
