@@ -110,6 +110,11 @@ class Teacher(Network):
                 "the teacher knows nothing yet: give its `checkpoint`, or `train: {epochs: …}`, "
                 "or a library's weights (`arguments: {weights: DEFAULT}`)"
             )
+        if self.checkpoint and self.train is not None:
+            raise ValueError(
+                "the teacher has a `checkpoint` and is to be trained as well: leave one of the two "
+                "out (`train: null`)"
+            )
         _check_order(self.prepare)
         return self
 

@@ -37,6 +37,14 @@ def load_recipe(recipe: str | os.PathLike[str], overrides: list[str] | None = No
     return validated(source)
 
 
+def recipe_from_text(text: str, title: str, base: Path) -> Recipe:
+    """The recipe in a YAML text. title: what messages call it. base: where its paths start.
+    Raises `RecipeError`."""
+    source = read_source(text, title, base)
+    source.values.setdefault("name", _stem(title))
+    return validated(source)
+
+
 def validated(source: Source) -> Recipe:
     """The recipe that `source` writes down. Raises `RecipeError`."""
     try:

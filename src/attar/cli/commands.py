@@ -1,0 +1,324 @@
+"""The commands. Each docstring is what `--help` teaches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from attar.cli.failures import BUDGET_NOT_MET, Commands
+from attar.cli.printing import print_json, print_lines, print_pairs
+
+if TYPE_CHECKING:
+    from attar.files import Trust
+
+app = typer.Typer(
+    name="attar",
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe's file, or the name of a shipped one.")
+]
+RunOrBundle = Annotated[
+    Path, typer.Argument(metavar="RUN_OR_BUNDLE", help="A run's folder, or a bundle's.")
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Lay a setting over the recipe's."),
+]
+TrustOption = Annotated[
+    bool, typer.Option("--trust", help="Allow the Python files that the recipe names to run.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")]
+Threads = Annotated[int, typer.Option(min=1, help="Threads of one call.")]
+
+
+def _version(show: bool) -> None:
+    if show:
+        import attar
+
+        typer.echo(f"attar {attar.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def attar(
+    debug: Annotated[
+        bool,
+        typer.Option("--debug", envvar="ATTAR_DEBUG", help="Show tracebacks of what goes wrong."),
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Distil, prune, share and quantize a trained model into a deployable file, with proof.
+
+    See it work in a minute, then do it to a model of your own:
+
+        attar run digits
+        attar init image-classification --model resnet18 --checkpoint mine.pt --data photos
+        attar check recipe.yaml
+        attar run recipe.yaml
+    """
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    settings: Settings = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="The run's folder.", show_default="runs/NAME"),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with what the folder holds.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run that the folder holds.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be done.")
+    ] = False,
+    trust: TrustOption = False,
+    as_json: Json = False,
+) -> None:
+    """Run a recipe: every stage, each exported and measured, up to the deployable bundle.
+
+    Ctrl-C stops it; --resume goes on. What was computed before is not computed again.
+
+        attar run digits
+        attar run recipe.yaml --set stages.prune.ratio=0.3 --set seed=1 --out runs/gentle
+        attar run runs/gentle --resume
+
+    Exit code: 0 done and the budget met, 3 done but not met, 2 wrong usage or recipe, 1 failed.
+    """
+    from attar.recipe import load_recipe
+
+    loaded = load_recipe(recipe, settings)
+    if dry_run:
+        from attar.pipeline import dry_run as steps
+
+        print_lines(steps(loaded))
+        return
+    from attar.cli.folders import make_way, run_folder
+
+    folder = out or run_folder(recipe, loaded.name)
+    make_way(folder, resume=resume, overwrite=overwrite)
+
+    from rich.console import Console
+
+    from attar.pipeline import run as start
+    from attar.screen import Screen
+
+    with Screen(Console(stderr=as_json, highlight=False)) as screen:
+        finished = start(loaded, folder, resume=resume, tell=screen, trusted=_trust(trust))
+    if as_json:
+        print_json({"folder": str(folder), "ledger": finished.ledger})
+    if not finished.budget_met:
+        raise typer.Exit(BUDGET_NOT_MET)
+
+
+@app.command()
+def check(
+    recipe: RecipeArgument, settings: Settings = None, trust: TrustOption = False,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Look before hours are spent: does it export, what can be pruned and quantized, how long.
+
+        attar check recipe.yaml
+
+    It reads the recipe and the data, exports the teacher and times it. Nothing is trained.
+    """
+    from attar.pipeline import check as look
+    from attar.recipe import load_recipe
+
+    found = look(load_recipe(recipe, settings), trusted=_trust(trust))
+    print_json(found) if as_json else print_pairs(found)
+
+
+@app.command()
+def init(
+    task: Annotated[str, typer.Argument(metavar="TASK", help="Such as image-classification.")],
+    model: Annotated[
+        str,
+        typer.Option("--model", "-m", help="A model's name, or path/to/file.py:function."),
+    ],
+    data: Annotated[
+        str,
+        typer.Option("--data", "-d", help="A folder, an .npz or Parquet file, or a name."),
+    ],
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option("--checkpoint", "-c", help="The model's weights. Without, it is trained."),
+    ] = None,
+    root: Annotated[
+        Path, typer.Option(help="Where torchvision's data sets are.")
+    ] = Path("data"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="The recipe to write.")] = Path(
+        "recipe.yaml"
+    ),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the recipe that is there.")
+    ] = False,
+) -> None:  # fmt: skip
+    """Write a commented recipe that makes your model smaller, and runs as it is.
+
+        attar init image-classification --model resnet18 --checkpoint mine.pt --data photos
+        attar init image-classification --model nets.py:small --data scans.npz
+        attar init image-classification --model cifar-resnet20 --data CIFAR10 --root ~/data
+
+    Data are found out from the path: a folder of class folders, MedMNIST's .npz, Parquet files
+    from the Hugging Face hub; a plain name is a torchvision data set.
+    """
+    from attar.recipe.starting import write_starting_recipe
+
+    write_starting_recipe(
+        out, task=task, model=model, data=data, root=root, checkpoint=checkpoint,
+        overwrite=overwrite,
+    )  # fmt: skip
+    typer.echo(f"wrote {out}; next: attar check {out}, then attar run {out}")
+
+
+@app.command("list")
+def list_(
+    what: Annotated[
+        str | None, typer.Argument(metavar="WHAT", help="A kind of part; without, the kinds.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List what there is: recipes, models, stages, criteria and more.
+
+    attar list
+    attar list models
+    """
+    from attar.cli.catalog import described, kinds
+
+    found = kinds() if what is None else described(what)
+    print_json(found) if as_json else print_pairs(found)
+
+
+@app.command()
+def evaluate(
+    run_or_bundle: RunOrBundle,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", "-d", help="Other data than the run's, as in `attar init`."),
+    ] = None,
+    root: Annotated[
+        Path, typer.Option(help="Where torchvision's data sets are.")
+    ] = Path("data"),
+    trust: TrustOption = False,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Measure the deployed model's metric, with its interval, on the test split.
+
+    attar evaluate runs/digits
+    attar evaluate runs/mine/bundle --data new-photos
+    """
+    from attar.cli.answers import find_bundle
+    from attar.pipeline import evaluate as measure
+    from attar.recipe.detecting import detect, prepared_for
+    from attar.runtimes.bundle import read_manifest
+
+    config = None
+    if data is not None:
+        inputs = read_manifest(find_bundle(run_or_bundle))["inputs"]
+        config = prepared_for(inputs, detect(data, root))
+    found = measure(run_or_bundle, config, split=split, trusted=_trust(trust))
+    print_json(found) if as_json else print_pairs(found)
+
+
+@app.command()
+def predict(
+    run_or_bundle: RunOrBundle,
+    inputs: Annotated[
+        list[Path], typer.Argument(metavar="INPUT...", help="Images, or .npy of prepared inputs.")
+    ],
+    top: Annotated[int, typer.Option(min=1, help="How many classes to show.")] = 3,
+    threads: Threads = 1,
+    as_json: Json = False,
+) -> None:
+    """Answer with class names and probabilities. Needs no PyTorch.
+
+    attar predict runs/digits seven.png
+    attar predict bundle a.jpg b.jpg --top 1 --json
+    """
+    from attar.cli.answers import answers
+
+    for path, ranked in answers(run_or_bundle, inputs, threads):
+        if as_json:
+            best = [{"class": name, "probability": round(p, 6)} for name, p in ranked[:top]]
+            print_json({"input": str(path), "answers": best}, indent=None)
+        else:
+            if len(inputs) > 1:
+                typer.echo(f"{path}:")
+            print_pairs({name: f"{probability:7.2%}" for name, probability in ranked[:top]})
+
+
+@app.command()
+def bench(
+    bundle: RunOrBundle,
+    threads: Threads = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Examples a call.")] = 1,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long to time.")] = 2.0,
+    as_json: Json = False,
+) -> None:
+    """Time the bundle on this machine and check its stored answers. Needs no PyTorch.
+
+        attar bench runs/digits/bundle --threads 2
+
+    Exit code 1: this machine does not give the answers that were stored with the model.
+    """
+    from attar.cli.answers import find_bundle
+    from attar.runtimes.bench import bench as measure
+
+    found = measure(find_bundle(bundle), threads=threads, batch=batch, seconds=seconds)
+    print_json(found) if as_json else print_pairs(found)
+    if not found["golden"]["agrees"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs' folders.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="The page to write.",
+            show_default="RUN/report.html or comparison.html",
+        ),
+    ] = None,
+) -> None:
+    """Write a run's report anew, or one page that compares several runs.
+
+    attar report runs/digits
+    attar report runs/a runs/b --out comparison.html
+    """
+    from attar.report import compare_reports, write_report
+    from attar.store import write_whole
+
+    if len(runs) == 1 and out is None:
+        page = write_report(runs[0])
+    else:
+        page = out or Path("comparison.html")
+        write_whole(page, compare_reports(runs))
+    typer.echo(f"report: {page}")
+
+
+def _trust(allowed: bool) -> Trust:
+    """Whether a person's file may run: said on the command line, or asked on a terminal."""
+    import sys
+
+    if allowed or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return allowed
+    return lambda question: typer.confirm(question, err=True)

@@ -1,0 +1,66 @@
+"""How commands print what they found: JSON for programs, aligned pairs for people."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import textwrap
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import typer
+
+
+def print_json(value: Any, indent: int | None = 1) -> None:
+    typer.echo(json.dumps(value, indent=indent, ensure_ascii=False))
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        typer.echo(line)
+
+
+def print_pairs(pairs: Mapping[str, Any]) -> None:
+    """Name and value, a line each, names aligned; what is inside a mapping is indented."""
+    print_lines(_lines(pairs))
+
+
+def _lines(pairs: Mapping[str, Any], indent: int = 0) -> list[str]:
+    width = max((len(str(name)) for name, value in pairs.items() if not _nested(value)), default=0)
+    lines = []
+    for name, value in pairs.items():
+        head = " " * indent + str(name).replace("_", " ")
+        if isinstance(value, Mapping) and value:
+            lines += [head, *_lines(value, indent + 2)]
+        elif _nested(value):
+            lines += [head, *(f"{' ' * (indent + 2)}- {_shown(item)}" for item in value)]
+        else:
+            lines += _wrapped(f"{head:{indent + width}}  ", _shown(value))
+    return lines
+
+
+def _nested(value: Any) -> bool:
+    return isinstance(value, Mapping | list) and bool(value)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_shown(inner)}" for name, inner in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_shown, value)) or "none"
+    return "unknown" if value is None else str(value)
+
+
+def _wrapped(head: str, text: str) -> list[str]:
+    width = max(40, shutil.get_terminal_size((100, 24)).columns)
+    if len(head) + 20 > width:
+        return [head + text]
+    rest = " " * len(head)
+    return textwrap.wrap(
+        text, width, initial_indent=head, subsequent_indent=rest, break_long_words=False,
+        break_on_hyphens=False,
+    ) or [head.rstrip()]  # fmt: skip
