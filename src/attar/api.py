@@ -70,9 +70,7 @@ def compress(
     return execute(job, Path(out or Path("runs") / name), tell=tell)
 
 
-def load(
-    run: str | Path, *, model: nn.Module | None = None, stage: str | None = None
-) -> nn.Module:
+def load(run: str | Path, *, model: nn.Module | None = None, stage: str | None = None) -> nn.Module:
     """The compressed network of a run, as an ordinary `nn.Module`, in any process.
 
     run: the run's folder. model: a fresh network of the same class, for a run that was given a
@@ -87,7 +85,7 @@ def load_student(
 ) -> Student:
     """Like `load`, with the record of what was done to the network (`.edits`)."""
     import attar.stages  # noqa: F401 - the edits' kinds are known once their packages are
-    from attar.models import build
+    from attar.pipeline.job import rebuild
     from attar.stages.base import stages as known
     from attar.student import load_student as load_from
 
@@ -100,7 +98,7 @@ def load_student(
             raise UsageError(f"{run} has no stage {stage!r}; it has: {', '.join(there)}")
     if (folder / "student").is_dir():
         folder = folder / "student"
-    return load_from(folder, build=build, module=model)
+    return load_from(folder, build=rebuild, module=model)
 
 
 def ledger(run: str | Path) -> dict[str, Any]:

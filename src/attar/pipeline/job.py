@@ -1,0 +1,145 @@
+"""What a run is about, with names turned into things: the task, the data, the networks."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from attar.data.base import Data
+from attar.files import Trust, from_file, is_reference
+from attar.models import ModelSpec, build, load_checkpoint, resolve
+from attar.recipe.model import Budget, Deploy
+from attar.stages.base import Stage
+from attar.student import Student, load_student
+from attar.tasks.base import Task
+from attar.training.config import Training
+
+if TYPE_CHECKING:
+    from attar.recipe.model import Network, Recipe
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a network comes from, before anything is done to it.
+
+    module: a network handed in from Python; else `spec` says what to build, and `checkpoint` which
+        weights to load into it. key: a hash of all that.
+    """
+
+    key: str
+    spec: ModelSpec | None = None
+    checkpoint: Path | None = None
+    module: nn.Module | None = None
+
+    def fresh(self, seed: int = 0) -> Student:
+        """The network as it comes. Random initial weights depend on `seed` alone."""
+        import torch
+
+        if self.module is not None:
+            return Student(copy.deepcopy(self.module).eval())
+        assert self.spec is not None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            module = build(self.spec, pretrained=self.checkpoint is None)
+        if self.checkpoint is not None:
+            load_checkpoint(module, self.checkpoint)
+        return Student(module.eval(), self.spec)
+
+    def load(self, folder: Path) -> Student:
+        """A student saved in `folder` that began as this network."""
+        module = copy.deepcopy(self.module) if self.module is not None else None
+        return load_student(folder, build=rebuild, module=module)
+
+
+def rebuild(spec: ModelSpec) -> nn.Module:
+    """A spec's network whose weights are loaded next."""
+    return build(spec, pretrained=False)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run, ready to be executed."""
+
+    name: str
+    task: Task
+    data: Data
+    seed: int
+    teacher: Origin
+    stages: list[Stage]
+    student: Origin | None = None
+    train: Training | None = None
+    prepare: list[Stage] = field(default_factory=list)
+    deploy: Deploy = field(default_factory=Deploy)
+    budget: Budget = field(default_factory=Budget)
+    text: str = ""
+    """The recipe as YAML, every default written out."""
+
+
+def job_of(recipe: Recipe, *, trusted: Trust = False) -> Job:
+    """The job that a recipe describes: its data are read, its networks looked up.
+
+    trusted: whether a person's own file may be run (see `attar.files.allow`).
+    Raises the `AttarError` of whatever is missing or wrong.
+    """
+    from attar.data import load_data
+    from attar.recipe import dump_recipe
+    from attar.tasks.base import tasks
+
+    named = is_reference(recipe.task)
+    task = (from_file(recipe.task, trusted) if named else tasks.get(recipe.task))()
+    data = load_data(recipe.data, seed=recipe.seed)
+    student = recipe.student
+    return Job(
+        name=recipe.name,
+        task=task,
+        data=data,
+        seed=recipe.seed,
+        teacher=_named_origin(recipe.teacher, data, trusted),
+        student=_named_origin(student, data, trusted) if student is not None else None,
+        train=recipe.teacher.train if recipe.teacher.checkpoint is None else None,
+        prepare=recipe.teacher.prepare,
+        stages=recipe.stages,
+        deploy=recipe.deploy,
+        budget=recipe.budget,
+        text=dump_recipe(recipe),
+    )
+
+
+def handed_in(module: nn.Module) -> Origin:
+    """The origin of a module from Python: known by its class, structure and weights."""
+    digest = hashlib.sha256(f"{type(module).__qualname__}\n{module}".encode())
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return Origin(key=digest.hexdigest()[:32], module=module)
+
+
+def _named_origin(network: Network, data: Data, trusted: Trust) -> Origin:
+    spec = resolve(
+        network.model,
+        network.arguments,
+        channels=data.shape[0] if data.shape else None,
+        classes=len(data.classes) or None,
+        shape=data.shape,
+        trusted=trusted,
+    )
+    checkpoint = Path(network.checkpoint) if network.checkpoint else None
+    digest = hashlib.sha256(spec.model_dump_json(exclude={"library"}).encode())
+    if checkpoint is not None:
+        digest.update(_content(checkpoint))
+    return Origin(key=digest.hexdigest()[:32], spec=spec, checkpoint=checkpoint)
+
+
+def _content(path: Path) -> bytes:
+    from attar.errors import CheckpointError
+
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError as error:
+        raise CheckpointError(f"the checkpoint {path} can't be read: {error.strerror}") from None
