@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -40,6 +41,14 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for other program
 Threads = Annotated[int, typer.Option(min=1, help="Threads of one call.")]
 
 
+class Part(StrEnum):
+    """The parts of a data set."""
+
+    test = "test"
+    validation = "validation"
+    train = "train"
+
+
 def _version(show: bool) -> None:
     if show:
         import attar
@@ -64,7 +73,7 @@ def attar(
     See it work in a minute, then do it to a model of your own:
 
         attar run digits
-        attar init image-classification --model resnet18 --checkpoint mine.pt --data photos
+        attar init image-classification -m resnet18 -c mine.pt -d photos
         attar check recipe.yaml
         attar run recipe.yaml
     """
@@ -94,8 +103,10 @@ def run(
 
     Ctrl-C stops it; --resume goes on. What was computed before is not computed again.
 
+    Examples:
+
         attar run digits
-        attar run recipe.yaml --set stages.prune.ratio=0.3 --set seed=1 --out runs/gentle
+        attar run recipe.yaml --set stages.prune.ratio=0.3 --out runs/gentle
         attar run runs/gentle --resume
 
     Exit code: 0 done and the budget met, 3 done but not met, 2 wrong usage or recipe, 1 failed.
@@ -132,6 +143,8 @@ def check(
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Look before hours are spent: does it export, what can be pruned and quantized, how long.
+
+    Examples:
 
         attar check recipe.yaml
 
@@ -171,9 +184,11 @@ def init(
 ) -> None:  # fmt: skip
     """Write a commented recipe that makes your model smaller, and runs as it is.
 
-        attar init image-classification --model resnet18 --checkpoint mine.pt --data photos
-        attar init image-classification --model nets.py:small --data scans.npz
-        attar init image-classification --model cifar-resnet20 --data CIFAR10 --root ~/data
+    Examples:
+
+        attar init image-classification -m resnet18 -c mine.pt -d photos
+        attar init image-classification -m nets.py:small -d scans.npz
+        attar init image-classification -m cifar-resnet20 -d CIFAR10
 
     Data are found out from the path: a folder of class folders, MedMNIST's .npz, Parquet files
     from the Hugging Face hub; a plain name is a torchvision data set.
@@ -196,8 +211,10 @@ def list_(
 ) -> None:
     """List what there is: recipes, models, stages, criteria and more.
 
-    attar list
-    attar list models
+    Examples:
+
+        attar list
+        attar list models
     """
     from attar.cli.catalog import described, kinds
 
@@ -215,13 +232,16 @@ def evaluate(
     root: Annotated[
         Path, typer.Option(help="Where torchvision's data sets are.")
     ] = Path("data"),
+    split: Annotated[Part, typer.Option(help="Which part of the data.")] = Part.test,
     trust: TrustOption = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Measure the deployed model's metric, with its interval, on the test split.
+    """Measure the deployed model's metric, with its interval.
 
-    attar evaluate runs/digits
-    attar evaluate runs/mine/bundle --data new-photos
+    Examples:
+
+        attar evaluate runs/digits
+        attar evaluate runs/mine/bundle --data new-photos
     """
     from attar.cli.answers import find_bundle
     from attar.pipeline import evaluate as measure
@@ -232,7 +252,7 @@ def evaluate(
     if data is not None:
         inputs = read_manifest(find_bundle(run_or_bundle))["inputs"]
         config = prepared_for(inputs, detect(data, root))
-    found = measure(run_or_bundle, config, split=split, trusted=_trust(trust))
+    found = measure(run_or_bundle, config, split=split.value, trusted=_trust(trust))
     print_json(found) if as_json else print_pairs(found)
 
 
@@ -248,8 +268,10 @@ def predict(
 ) -> None:
     """Answer with class names and probabilities. Needs no PyTorch.
 
-    attar predict runs/digits seven.png
-    attar predict bundle a.jpg b.jpg --top 1 --json
+    Examples:
+
+        attar predict runs/digits seven.png
+        attar predict bundle a.jpg b.jpg --top 1 --json
     """
     from attar.cli.answers import answers
 
@@ -272,6 +294,8 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Time the bundle on this machine and check its stored answers. Needs no PyTorch.
+
+    Examples:
 
         attar bench runs/digits/bundle --threads 2
 
@@ -301,8 +325,10 @@ def report(
 ) -> None:
     """Write a run's report anew, or one page that compares several runs.
 
-    attar report runs/digits
-    attar report runs/a runs/b --out comparison.html
+    Examples:
+
+        attar report runs/digits
+        attar report runs/a runs/b --out comparison.html
     """
     from attar.report import compare_reports, write_report
     from attar.store import write_whole
