@@ -1,0 +1,181 @@
+"""Pruning whole channels of a student: choose, remove, prove."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from attar.errors import UsageError
+from attar.prune.criteria.base import Calls, Criterion
+from attar.prune.groups import ChannelGraph, channel_graph, first_of_batch
+from attar.prune.naming import matching
+from attar.prune.removal import (
+    ChannelsRemoved,
+    RemovalFailed,
+    guilty,
+    removal_of,
+    remove_verified,
+)
+from attar.prune.selection import Scope, Selection, Widths, atom_scores, select_channels
+from attar.prune.trace import evaluating
+from attar.prune.weights import Masked
+from attar.student import Student
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What pruning did, for people.
+
+    widths: channels before and after, by layer. kept: layers that could not be narrowed, and why.
+    floored: layers whose floor kept more than was asked. undone: removals whose check failed.
+    """
+
+    widths: dict[str, tuple[int, int]]
+    kept: dict[str, str]
+    floored: list[str]
+    undone: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "widths": {layer: list(pair) for layer, pair in self.widths.items()},
+            "kept": self.kept,
+            "floored": self.floored,
+            "undone": self.undone,
+        }
+
+
+def prune_channels(
+    student: Student,
+    example: tuple[Any, ...],
+    *,
+    criterion: Criterion,
+    ratio: float | None = None,
+    threshold: float | None = None,
+    scope: Scope = "local",
+    widths: Widths | None = None,
+    exclude: Sequence[str] = (),
+    original: Mapping[str, int] | None = None,
+    calls: Calls | None = None,
+) -> tuple[Student, Pruned]:
+    """A narrower student with its own weights; the one given is left as it is.
+
+    example: real inputs, batch first; the first is traced, and the narrower network must answer on
+        all as the masked one does.
+    ratio: share of channels to remove, or threshold: score under which they go.
+    scope: `local` removes the share from each layer, `global` where it matters least.
+    exclude: paths of layers (with `*`) that keep their channels.
+    original: widths that `ratio` counts from, by parameter path, when pruning again.
+    calls: batches for a criterion that needs data.
+
+    A removal that fails its check is undone, with what it hangs on in `Pruned.undone`. Raises
+    `UsageError`; `ExportError` for a network whose graph can't be read; `RemovalFailed` when
+    removals work one by one but not together.
+
+    Example:
+        >>> student, pruned = prune_channels(student, (images,), criterion=Magnitude(), ratio=0.5)
+        >>> pruned.widths["conv1"]
+        (64, 32)
+    """
+    module = student.module
+    _check(criterion, ratio, threshold, calls)
+    with evaluating(module):
+        if criterion.needs_data and calls is not None:
+            criterion.observe(module, calls)
+    graph = channel_graph(module, first_of_batch(example))
+    _exclude(graph, exclude)
+    scores = atom_scores(module, graph, criterion, absolute=threshold is not None)
+    undone: dict[str, str] = {}
+
+    def select() -> Selection:
+        return select_channels(
+            graph,
+            scores,
+            widths=widths or Widths(),
+            ratio=ratio,
+            threshold=threshold,
+            scope=scope,
+            original=original,
+        )
+
+    chosen = select()
+    narrow, removal = _attempt(module, graph, chosen.atoms, example)
+    if narrow is None:
+        undone = _freeze_guilty(module, graph, chosen.atoms, example)
+        chosen = select()
+        removal = removal_of(graph, chosen.atoms)
+        narrow = remove_verified(module, removal, example)
+    pruned = Pruned(_widths(graph, chosen.atoms), graph.kept_whole(), chosen.floored, undone)
+    if not removal.removed:
+        return student.copy(), pruned
+    edits = [e.without(removal) if isinstance(e, Masked) else e for e in student.edits]
+    return Student(narrow, student.spec, [*edits, removal]), pruned
+
+
+def layer_widths(module: nn.Module, example: tuple[Any, ...]) -> dict[str, int]:
+    """The width of every layer that makes channels, by parameter path."""
+    graph = channel_graph(module, first_of_batch(example))
+    return {p.path: len(p.atoms) for p in graph.producers}
+
+
+def _check(
+    criterion: Criterion, ratio: float | None, threshold: float | None, calls: Calls | None
+) -> None:
+    if (ratio is None) == (threshold is None):
+        raise UsageError("pruning takes either a ratio or a threshold: give exactly one")
+    if ratio is not None and not 0 < ratio < 1:
+        raise UsageError(f"ratio is {ratio:g}: the share to remove lies between 0 and 1")
+    if "channel" not in criterion.granularities:
+        raise UsageError(f"{type(criterion).__name__} scores single weights, not channels")
+    if criterion.needs_data and calls is None:
+        raise UsageError(f"{type(criterion).__name__} scores channels on data: hand in calls")
+
+
+def _attempt(
+    module: nn.Module, graph: ChannelGraph, atoms: np.ndarray, example: tuple[Any, ...]
+) -> tuple[nn.Module | None, ChannelsRemoved]:
+    removal = removal_of(graph, atoms)
+    try:
+        return remove_verified(module, removal, example), removal
+    except RemovalFailed:
+        return None, removal
+
+
+def _freeze_guilty(
+    module: nn.Module, graph: ChannelGraph, atoms: np.ndarray, example: tuple[Any, ...]
+) -> dict[str, str]:
+    """Keeps the families whose removal fails on its own, and says what each hangs on."""
+
+    def fails(some: np.ndarray) -> str | None:
+        try:
+            remove_verified(module, removal_of(graph, some), example)
+        except RemovalFailed as error:
+            return str(error)
+        return None
+
+    parts = [np.intersect1d(family, atoms) for family in graph.families()]
+    whole = {int(a): family for family in graph.families() for a in family}
+    undone = {}
+    for part, message in guilty([p for p in parts if p.size], fails):
+        for place in graph.producers:
+            if np.isin(place.atoms, part).any():
+                undone[place.layer] = message
+        graph.freeze(whole[int(part[0])], message)
+    return undone
+
+
+def _exclude(graph: ChannelGraph, patterns: Sequence[str]) -> None:
+    excluded = matching((p.layer for p in graph.producers), patterns)
+    for place in graph.producers:
+        if place.layer in excluded:
+            graph.freeze(place.atoms, f"excluded by {excluded[place.layer]!r}")
+
+
+def _widths(graph: ChannelGraph, gone: np.ndarray) -> dict[str, tuple[int, int]]:
+    return {
+        p.layer: (len(p.atoms), int(len(p.atoms) - np.isin(p.atoms, gone).sum()))
+        for p in graph.producers
+    }

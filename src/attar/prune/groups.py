@@ -1,0 +1,139 @@
+"""What must be pruned together: our own dependency graph.
+
+The network's exported graph is run on labels (see `attar.prune.labels`): data movement moves them,
+elementwise operators tie what meets, layers make new channels and tie their weights' axes to what
+they read. What stays tied in the end is an *atom*: it is kept or removed whole, from every tensor
+it occurs in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from attar.prune.trace import Role, Trace
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where atoms occur: one dimension of a parameter or buffer, or an integer attribute.
+
+    path: of the tensor; for an attribute, of the module. at: dimension or attribute name.
+    role: `out` makes the channels, `in` reads them, `own` is theirs (norms, biases), `attribute`.
+    atoms: int64 (size,), the atom of each index; -1 for none.
+    """
+
+    path: str
+    at: int | str
+    role: Role
+    atoms: np.ndarray
+
+    @property
+    def layer(self) -> str:
+        """The module's path."""
+        return self.path if self.role == "attribute" else self.path.rpartition(".")[0]
+
+
+@dataclass
+class ChannelGraph:
+    """A network's atoms: where they occur and which must stay.
+
+    frozen: why an atom can't be removed, by atom; what is not in it can be.
+    """
+
+    places: list[Place]
+    frozen: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def producers(self) -> list[Place]:
+        """The places that make channels: a network's widths."""
+        return [p for p in self.places if p.role == "out"]
+
+    def prunable(self) -> np.ndarray:
+        """The atoms that can be removed, int64, sorted."""
+        made = [p.atoms for p in self.producers]
+        atoms = np.unique(np.concatenate(made)) if made else np.empty(0, np.int64)
+        return atoms[~np.isin(atoms, list(self.frozen))]
+
+    def freeze(self, atoms: Iterable[int], reason: str) -> None:
+        """Keeps atoms from being removed; the first reason given is the one reported."""
+        for atom in atoms:
+            self.frozen.setdefault(int(atom), reason)
+
+    def kept_whole(self) -> dict[str, str]:
+        """Layers none of whose output channels can be removed, and why."""
+        result = {}
+        for place in self.producers:
+            reasons = [self.frozen.get(int(atom)) for atom in place.atoms]
+            if reasons and all(reasons):
+                result[place.layer] = str(reasons[0])
+        return result
+
+    def families(self) -> list[np.ndarray]:
+        """The prunable atoms, apart where no place holds both: int64 arrays."""
+        prunable = self.prunable()
+        family = {int(a): int(a) for a in prunable}
+
+        def root(a: int) -> int:
+            while family[a] != a:
+                family[a] = a = family[family[a]]
+            return a
+
+        for place in self.producers:
+            mine = np.intersect1d(place.atoms, prunable)
+            for atom in mine[1:]:
+                family[root(int(atom))] = root(int(mine[0]))
+        roots = np.array([root(int(a)) for a in prunable], dtype=np.int64)
+        return [prunable[roots == r] for r in np.unique(roots)]
+
+
+def channel_graph(module: nn.Module, example: tuple[Any, ...]) -> ChannelGraph:
+    """Finds what must be pruned together.
+
+    example: the network's positional inputs; the batch (first dimension) may be one. Raises
+    `ExportError` for a network that torch.export can't read.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> graph = channel_graph(net, (torch.zeros(1, 4),))
+        >>> [(p.path, p.at) for p in graph.places if np.isin(p.atoms, graph.prunable()).all()]
+        [('0.weight', 0), ('0.bias', 0), ('2.weight', 1)]
+    """
+    trace = Trace(module, example)
+    atoms = trace.ties.atoms()
+    graph = ChannelGraph(
+        [
+            Place(axis.path, axis.at, axis.role, atoms[axis.start : axis.start + axis.size])
+            for axis in sorted(trace.axes.values(), key=lambda axis: axis.start)
+        ]
+    )
+    for slots, reason in trace.reasons:
+        graph.freeze(np.unique(atoms[slots.numpy()]), reason)
+    whole = {axis.path for axis in trace.axes.values()}
+    for path, slots in trace.elements.items():
+        _add_elements(graph, path, atoms[slots.numpy()], path in whole)
+    return graph
+
+
+def _add_elements(graph: ChannelGraph, path: str, atoms: np.ndarray, whole: bool) -> None:
+    """Adds a parameter used as an activation: atoms must be slices of one dimension."""
+    atoms = np.where(np.isin(atoms, graph.prunable()), atoms, -1)
+    concerned = np.unique(atoms[atoms >= 0])
+    if not concerned.size:
+        return
+    for d in range(atoms.ndim):
+        lines = np.moveaxis(atoms, d, 0).reshape(atoms.shape[d], -1)
+        if (lines == lines[:, :1]).all() and not whole:
+            graph.places.append(Place(path, d, "own", lines[:, 0]))
+            return
+    graph.freeze(concerned, f"{path} is used in a way that ties more than one of its dimensions")
+
+
+def first_of_batch(example: tuple[Any, ...]) -> tuple[Any, ...]:
+    """An example of batch one from a larger one."""
+    return tuple(x[:1] if isinstance(x, torch.Tensor) and x.dim() else x for x in example)

@@ -1,0 +1,158 @@
+"""Which channels go: scores of atoms, widths that suit the hardware, floors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from attar.prune.criteria.base import Criterion
+from attar.prune.groups import ChannelGraph, Place
+
+Scope = Literal["local", "global"]
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Which widths are allowed.
+
+    floor: least channels a layer keeps; layers of fewer than twice as many keep half.
+    round_to: layers of at least twice as many channels keep a multiple of it.
+    """
+
+    floor: int = 8
+    round_to: int = 8
+
+    def least(self, width: int) -> int:
+        """The fewest channels that a layer of this width keeps."""
+        return min(self.floor, math.ceil(width / 2))
+
+    def allowed(self, wanted: float, width: int) -> int:
+        """The allowed width nearest to the one wanted, of at most `width`."""
+        step = self.round_to if width >= 2 * self.round_to else 1
+        nearest = step * math.floor(wanted / step + 0.5)
+        return min(width, max(nearest, self.least(width)))
+
+
+@dataclass
+class Selection:
+    """The atoms to remove, and the layers whose floor kept more than was asked."""
+
+    atoms: np.ndarray
+    floored: list[str] = field(default_factory=list)
+
+
+def atom_scores(
+    module: nn.Module, graph: ChannelGraph, criterion: Criterion, *, absolute: bool = False
+) -> np.ndarray:
+    """Each atom's importance, float64, by atom; NaN for one that nothing scores.
+
+    A weight's scores along a dimension are divided by their mean, so that layers of different size
+    compare, and averaged over an atom's channels and over the weights it occurs in. absolute: not
+    divided, to be held against a threshold.
+    """
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    size = 1 + max((int(p.atoms.max()) for p in graph.places if len(p.atoms)), default=0)
+    total, count = np.zeros(size), np.zeros(size)
+    for place in graph.places:
+        if place.role not in criterion.sides or isinstance(place.at, str):
+            continue
+        weight = parameters[place.path].detach()
+        with torch.no_grad():
+            scores = criterion.scores(place.path, weight, place.at).double().cpu().numpy()
+        scores = scores.reshape(-1, len(place.atoms)).sum(0)  # groups read the same index each
+        channels = np.bincount(place.atoms, minlength=size)
+        here = channels > 0
+        means = np.bincount(place.atoms, scores, minlength=size)[here] / channels[here]
+        total[here] += means if absolute else means / (means.mean() or 1.0)
+        count += here
+    with np.errstate(invalid="ignore"):
+        return total / count
+
+
+def select_channels(
+    graph: ChannelGraph,
+    scores: np.ndarray,
+    *,
+    widths: Widths,
+    ratio: float | None = None,
+    threshold: float | None = None,
+    scope: Scope = "local",
+    original: Mapping[str, int] | None = None,
+) -> Selection:
+    """Chooses the atoms to remove.
+
+    ratio: the share of channels to remove: of each layer (`local`), or of all together, wherever
+        they matter least (`global`). threshold: or, what scores less goes. original: widths before
+        earlier steps, by parameter path, which `ratio` counts from.
+
+    Each layer's width becomes the allowed one nearest to what was asked. Layers that share channels
+    (residual stages, concatenations) are settled narrowest first: what a narrower one keeps, the
+    wider ones keep too.
+    """
+    scores = np.where(np.isnan(scores), np.inf, scores)
+    prunable = graph.prunable()
+    free = np.zeros(len(scores), dtype=bool)
+    free[prunable] = True
+    low = _lowest(graph, scores, free, ratio, threshold, scope, original)
+    gone = np.zeros(len(scores), dtype=bool)
+    selection = Selection(np.empty(0, np.int64))
+    for place in sorted(graph.producers, key=lambda p: len(p.atoms)):
+        width = len(place.atoms)
+        if low is None:
+            assert ratio is not None
+            wanted = (1 - ratio) * (original or {}).get(place.path, width)
+        else:
+            wanted = width - int(low[place.atoms].sum())
+        keep = widths.allowed(wanted, width)
+        if keep > math.ceil(wanted) and keep == widths.least(width) and free[place.atoms].any():
+            selection.floored.append(place.layer)
+        _settle(place, keep, scores, free, gone)
+    selection.atoms = np.flatnonzero(gone)
+    return selection
+
+
+def _settle(
+    place: Place, keep: int, scores: np.ndarray, free: np.ndarray, gone: np.ndarray
+) -> None:
+    """Removes the least important free atoms of one layer until `keep` channels are left."""
+    channels = np.bincount(place.atoms, minlength=len(scores))
+    mine = np.unique(place.atoms[free[place.atoms]])
+    left = len(place.atoms) - int(channels[gone].sum())
+    for atom in mine[np.argsort(scores[mine], kind="stable")]:
+        if left - channels[atom] >= keep:
+            gone[atom] = True
+            left -= int(channels[atom])
+    free[mine] = False
+
+
+def _lowest(
+    graph: ChannelGraph,
+    scores: np.ndarray,
+    free: np.ndarray,
+    ratio: float | None,
+    threshold: float | None,
+    scope: Scope,
+    original: Mapping[str, int] | None,
+) -> np.ndarray | None:
+    """Which atoms score too little, where that isn't counted a layer; bool by atom."""
+    if threshold is not None:
+        return free & (scores < threshold)
+    if scope == "local":
+        return None
+    channels = np.zeros(len(scores), dtype=np.int64)
+    already = 0
+    for place in graph.producers:
+        channels += np.bincount(place.atoms, minlength=len(scores))
+        already += (original or {}).get(place.path, len(place.atoms)) - len(place.atoms)
+    order = np.flatnonzero(free)[np.argsort(scores[free], kind="stable")]
+    total = channels[order].sum() + already
+    low = np.zeros(len(scores), dtype=bool)
+    assert ratio is not None
+    low[order[already + np.cumsum(channels[order]) <= ratio * total]] = True
+    return low
