@@ -76,6 +76,8 @@ def attar(
         attar init image-classification -m resnet18 -c mine.pt -d photos
         attar check recipe.yaml
         attar run recipe.yaml
+
+    The help of each command has examples of its own.
     """
 
 
@@ -215,6 +217,8 @@ def list_(
 
         attar list
         attar list models
+
+    Parts of your own join as `file.py:Name` in a recipe, or by an entry point.
     """
     from attar.cli.catalog import described, kinds
 
@@ -242,6 +246,8 @@ def evaluate(
 
         attar evaluate runs/digits
         attar evaluate runs/mine/bundle --data new-photos
+
+    Other data are prepared as the bundle says that it wants them.
     """
     from attar.cli.answers import find_bundle
     from attar.pipeline import evaluate as measure
@@ -272,6 +278,8 @@ def predict(
 
         attar predict runs/digits seven.png
         attar predict bundle a.jpg b.jpg --top 1 --json
+
+    The bundle has a predict.py that does the same where Attar is not installed.
     """
     from attar.cli.answers import answers
 
@@ -329,6 +337,8 @@ def report(
 
         attar report runs/digits
         attar report runs/a runs/b --out comparison.html
+
+    A page is one file that opens offline.
     """
     from attar.report import compare_reports, write_report
     from attar.store import write_whole
