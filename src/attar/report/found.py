@@ -1,0 +1,135 @@
+"""What the stages looked for and found, whatever it is: searches as such, all else by its shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from attar.report import numbers
+from attar.report.record import RunRecord
+from attar.report.verdict import unit_of
+
+
+def adjusted(run: RunRecord) -> list[dict[str, Any]]:
+    """What each stage looked for and found."""
+    sections = []
+    found = run.details.get("found") or _found_in_log(run)
+    for place, values in found.items():
+        if not isinstance(values, dict) or not values:
+            continue
+        tried = values.get("tried")
+        trials = _trials(tried, run) if isinstance(tried, list) else None
+        rest = {k: v for k, v in values.items() if not (k == "tried" and trials)}
+        number, _, stage = str(place).partition("-")
+        title = stage if number.isdigit() and stage else str(place)
+        sections.append({"title": title, "trials": trials, "values": shown(rest)})
+    return sections
+
+
+def shown(values: dict[str, Any]) -> list[dict[str, Any]]:
+    """Any JSON object as what a page can show: facts, lists, tables."""
+    blocks: list[dict[str, Any]] = []
+    facts = {k: v for k, v in values.items() if _scalar(v)}
+    if facts:
+        pairs = [(human(k), plain(v)) for k, v in facts.items()]
+        blocks.append({"kind": "facts", "pairs": pairs})
+    blocks += [_block(human(k), v) for k, v in values.items() if not _scalar(v) and v]
+    return blocks
+
+
+def plain(value: Any) -> str:
+    """A JSON scalar as text."""
+    if value is None:
+        return numbers.ABSENT
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}" if abs(value) >= 10_000 else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def human(key: object) -> str:
+    """A key as words."""
+    return str(key).replace("_", " ")
+
+
+def _found_in_log(run: RunRecord) -> dict[str, Any]:
+    """The trials that the log tells of, for a run that wrote no details yet."""
+    found: dict[str, dict[str, list[Any]]] = {}
+    stage = "search"
+    for event in run.events:
+        if event["event"] == "stage":
+            stage = str(event.get("name", stage))
+        elif event["event"] == "trial":
+            found.setdefault(stage, {"tried": []})["tried"].append(event)
+    return found
+
+
+def _trials(tried: Iterable[Any], run: RunRecord) -> dict[str, Any] | None:
+    trials = [t for t in tried if isinstance(t, dict) and "drop" in t]
+    if not trials:
+        return None
+    unit = unit_of(run.final)
+    kept = [t for t in trials if t.get("kept")]
+    chosen = kept[-1].get("value") if kept else None
+    setting = str(trials[0].get("setting", "value"))
+    limit = (run.ledger.get("budget") or {}).get("max_drop")
+    within = f" within {numbers.difference(limit, unit)}{numbers.points(unit)}" if limit else ""
+    said = (
+        f"{setting} = {plain(chosen)}: the strongest of {len(trials)} tried "
+        f"whose drop on validation stayed{within or ' within the budget'}."
+        if kept
+        else f"None of {len(trials)} tried kept the drop on validation{within}: left as it was."
+    )
+    return {
+        "setting": setting,
+        "said": said,
+        "rows": [
+            {
+                "value": plain(t.get("value")),
+                "metric": numbers.metric(t.get("metric"), unit),
+                "drop": numbers.difference(t.get("drop"), unit),
+                "kept": bool(t.get("kept")),
+                "chosen": bool(t.get("kept")) and t.get("value") == chosen,
+            }
+            for t in trials
+        ],
+    }
+
+
+def _block(name: str, value: Any) -> dict[str, Any]:
+    if isinstance(value, dict):
+        rows = [{"": k, **v} for k, v in value.items() if isinstance(v, dict)]
+        if len(rows) == len(value) and _flat(rows):
+            return _table(name, rows)
+        if all(_scalar(v) for v in value.values()):
+            return {
+                "kind": "facts",
+                "name": name,
+                "pairs": [(k, plain(v)) for k, v in value.items()],
+            }
+    if isinstance(value, list):
+        if all(_scalar(v) for v in value):
+            return {"kind": "list", "name": name, "items": [plain(v) for v in value]}
+        if all(isinstance(v, dict) for v in value) and _flat(value):
+            return _table(name, value)
+    return {"kind": "json", "name": name, "value": value}
+
+
+def _flat(rows: list[dict[str, Any]]) -> bool:
+    return all(_scalar(v) for row in rows for v in row.values())
+
+
+def _table(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    return {
+        "kind": "table",
+        "name": name,
+        "columns": [human(key) for key in keys],
+        "numeric": [all(numbers.known(row.get(key, 0)) for row in rows) for key in keys],
+        "rows": [[plain(row.get(key)) for key in keys] for row in rows],
+    }
+
+
+def _scalar(value: Any) -> bool:
+    return value is None or isinstance(value, str | int | float | bool)

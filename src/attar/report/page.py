@@ -1,0 +1,90 @@
+"""A run as one page: `report.html`, self-contained, for any screen, in light and dark."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from attar.report import curves, found, sections, verdict
+from attar.report.record import RunRecord, read_run
+from attar.store import write_whole
+
+
+def write_report(run_folder: Path) -> Path:
+    """Writes `report.html` into a run's folder from what is there: `ledger.json`, `log.jsonl`,
+    `recipe.yaml`, `details.json`. What is missing is left out: an interrupted run has a page too.
+
+    Raises `UsageError` for a folder without a run, `StorageError` where the page can't be written.
+    """
+    folder = Path(run_folder)
+    path = folder / "report.html"
+    html = render_run(read_run(folder))
+    write_whole(path, html)
+    return path
+
+
+def render_run(run: RunRecord) -> str:
+    """The page's HTML."""
+    environment = run.ledger.get("environment") or {}
+    return render(
+        "report.html.j2",
+        title=run.name,
+        task=run.ledger.get("task"),
+        seed=run.ledger.get("seed"),
+        version=run.ledger.get("attar"),
+        recipe=run.recipe,
+        finished=run.finished,
+        sentence=verdict.sentence(run),
+        loss=verdict.loss_sentence(run),
+        tiles=verdict.tiles(run),
+        split=verdict.split(run),
+        budget=verdict.budget(run),
+        rows=sections.ledger(run),
+        pictures=sections.pictures(run),
+        classes=sections.classes(run),
+        wrong=sections.wrong(run),
+        adjusted=found.adjusted(run),
+        trainings=curves.trainings(run),
+        operators=found.shown(run.details.get("operators") or {}),
+        notes=sections.notes(run),
+        environment=found.shown(environment),
+        place=_place(run.folder),
+        has_bundle=(run.folder / "bundle").is_dir(),
+        metric_name=((run.final or run.teacher or {}).get("metric") or {}).get("name", "metric"),
+        unit=verdict.unit_of(run.final),
+    )
+
+
+def render(template: str, **values: Any) -> str:
+    """A template of this package, filled; every value is escaped unless it is our own markup."""
+    return _templates().get_template(template).render(**values)
+
+
+@cache
+def _templates() -> Environment:
+    from attar.report import numbers
+
+    environment = Environment(
+        loader=PackageLoader("attar.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    source, _, _ = PackageLoader("attar.report").get_source(environment, "style.css")
+    environment.globals.update(numbers=numbers, style=Markup(source))
+    environment.filters["pretty"] = lambda value: json.dumps(value, indent=1, ensure_ascii=False)
+    return environment
+
+
+def _place(folder: Path) -> str:
+    """The run's folder as a person types it: relative to where they are, if it is below."""
+    try:
+        return str(folder.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return folder.resolve().name
