@@ -84,6 +84,11 @@ def test_nothing_is_shared_where_even_eight_bits_drop_too_much(student, tmp_path
     assert any(e["event"] == "note" and "nothing is shared" in e["text"] for e in events)
 
 
+def test_only_auto_depends_on_the_budget():
+    assert Share(bits="auto").searches
+    assert not Share(bits=4).searches
+
+
 def test_auto_without_a_budget_is_refused(student, tmp_path):
     with pytest.raises(UsageError, match=r"set budget\.max_drop"):
         Share(bits="auto").apply(student, bench(student, tmp_path, []))

@@ -29,6 +29,7 @@ class Share(Stage):
     not_after: ClassVar[dict[str, str]] = {
         "quantize": "quantized weights already lie on their grid, and moving them would leave it"
     }
+    searched: ClassVar[tuple[str, ...]] = ("bits",)
 
     bits: Bits | Literal["auto"] = 5
     """Per layer; `auto`: the fewest that keep the budget's `max_drop` on validation, at most 8."""
