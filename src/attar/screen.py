@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -16,15 +17,27 @@ from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from attar.report import numbers
+from attar.report import ledger_table, numbers
+from attar.report.record import read_run
 
 REFRESH = 8
 """Updates of the live line, a second."""
+
+PLAIN_WIDTH = 160
+"""Columns of an output that is no terminal."""
 
 COLUMNS = (
     ("stage", "<12"), ("metric", ">10"), ("drop", ">13"), ("size", ">9"), ("one answer", ">11"),
     ("faster", ">7"), ("memory", ">8"),
 )  # fmt: skip
+
+
+def screen_console(*, stderr: bool = False) -> Console:
+    """Where events are shown. What is no terminal has no width, so that no line is cut."""
+    console = Console(highlight=False, stderr=stderr)
+    if not console.is_terminal:
+        console.width = PLAIN_WIDTH
+    return console
 
 
 class Screen:
@@ -36,20 +49,12 @@ class Screen:
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False)
+        self.console = console or screen_console()
         self._progress = _Progress()
         self._live: Live | None = None
         self._teacher: dict[str, Any] = {}
 
     def __enter__(self) -> Screen:
-        if self.console.is_terminal:
-            self._live = Live(
-                get_renderable=self._progress.line,
-                console=self.console,
-                refresh_per_second=REFRESH,
-                transient=True,
-            )
-            self._live.start()
         return self
 
     def __exit__(
@@ -58,6 +63,20 @@ class Screen:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._stop()
+
+    def _start(self) -> None:
+        """The live line, once there is something to show: before, questions may be asked."""
+        if self._live is None and self.console.is_terminal:
+            self._live = Live(
+                get_renderable=self._progress.line,
+                console=self.console,
+                refresh_per_second=REFRESH,
+                transient=True,
+            )
+            self._live.start()
+
+    def _stop(self) -> None:
         if self._live:
             self._live.stop()
             self._live = None
@@ -77,6 +96,7 @@ class Screen:
         self._print(f"note: {escape(event['text'])}", style="yellow")
 
     def _stage(self, event: dict[str, Any]) -> None:
+        self._start()
         self._progress.stage = f"{event['name']} ({event['index']} of {event['of']})"
         self._progress.rest()
         stored = ", computed before" if event["cached"] else ""
@@ -105,11 +125,14 @@ class Screen:
         self._print(_columns(_cells(row, self._teacher)), style="bold")
         self._progress.rest()
 
-    def _budget(self, event: dict[str, Any]) -> None:
-        for figure in event.get("figures", []):
-            self._print(budget_line(figure), style="green" if figure["met"] else "red")
-
     def _done(self, event: dict[str, Any]) -> None:
+        self._stop()
+        ledger = read_run(Path(event["folder"])).ledger
+        self.console.print()
+        self.console.print(ledger_table(ledger))
+        self.console.print()
+        for figure in ledger["budget"].get("figures", []):
+            self._print(budget_line(figure), style="green" if figure["met"] else "red")
         self._print(f"report: {escape(event['report'])}")
 
 
@@ -154,9 +177,8 @@ class _Progress:
             return ""
         parts = [self._label, self._epoch, f"loss {self._loss:.4f}"]
         if self._metric:
-            parts.append(
-                f"{self._metric['name']} {numbers.metric(self._metric['value'], self._metric.get('unit', 'fraction'))}"
-            )
+            unit = self._metric.get("unit", "fraction")
+            parts.append(f"{self._metric['name']} {numbers.metric(self._metric['value'], unit)}")
         if self._ends is not None and self._share < 1:
             parts.append(f"{numbers.seconds(max(0.0, self._ends - time.monotonic()))} left")
         return escape(" · ".join(parts))

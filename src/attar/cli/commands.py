@@ -126,12 +126,10 @@ def run(
     folder = out or run_folder(recipe, loaded.name)
     make_way(folder, resume=resume, overwrite=overwrite)
 
-    from rich.console import Console
-
     from attar.pipeline import run as start
-    from attar.screen import Screen
+    from attar.screen import Screen, screen_console
 
-    with Screen(Console(stderr=as_json, highlight=False)) as screen:
+    with Screen(screen_console(stderr=as_json)) as screen:
         finished = start(loaded, folder, resume=resume, tell=screen, trusted=_trust(trust))
     if as_json:
         print_json({"folder": str(folder), "ledger": finished.ledger})

@@ -10,6 +10,8 @@ from typing import Any
 
 import typer
 
+UNITS = {"ms": "ms", "mb": "MB", "seconds": "s", "bytes": "B"}
+
 
 def print_json(value: Any, indent: int | None = 1) -> None:
     typer.echo(json.dumps(value, indent=indent, ensure_ascii=False))
@@ -35,7 +37,7 @@ def _lines(pairs: Mapping[str, Any], indent: int = 0) -> list[str]:
         elif _nested(value):
             lines += [head, *(f"{' ' * (indent + 2)}- {_shown(item)}" for item in value)]
         else:
-            lines += _wrapped(f"{head:{indent + width}}  ", _shown(value))
+            lines += _wrapped(f"{head:{indent + width}}  ", _shown(value, str(name)))
     return lines
 
 
@@ -43,13 +45,19 @@ def _nested(value: Any) -> bool:
     return isinstance(value, Mapping | list) and bool(value)
 
 
-def _shown(value: Any) -> str:
+def _shown(value: Any, name: str = "") -> str:
+    """A value for people; a figure's unit is the last word of its name."""
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.6g}"
+    if isinstance(value, int | float):
+        unit = name.rpartition("_")[2]
+        if unit == "bytes" and value >= 1000:
+            power = 3 if value >= 1e9 else 2 if value >= 1e6 else 1
+            return f"{value / 1000**power:.3g} {' KMG'[power]}B"
+        shown = f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
+        return f"{shown} {UNITS[unit]}" if unit in UNITS else shown
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_shown(inner)}" for name, inner in value.items())
+        return ", ".join(f"{key} {_shown(inner, str(key))}" for key, inner in value.items())
     if isinstance(value, list):
         return ", ".join(map(_shown, value)) or "none"
     return "unknown" if value is None else str(value)

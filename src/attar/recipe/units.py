@@ -63,10 +63,13 @@ def readable(count: int) -> str:
         >>> readable(50_000), readable(1_234_567)
         ('50 KB', '1.23 MB')
     """
-    for unit in ("GB", "MB", "KB"):
-        if count >= BYTES[unit]:
-            return f"{count / BYTES[unit]:.3g} {unit}"
-    return f"{count} B"
+    if count < 1000:
+        return f"{count} B"
+    for unit in ("KB", "MB", "GB"):
+        number = count / BYTES[unit]
+        if number < 999.5:
+            break
+    return f"{number:.3g} {unit}" if number < 999.5 else f"{number:.0f} {unit}"
 
 
 def _plain(value: object) -> float | None:
