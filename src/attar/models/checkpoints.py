@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _read_pytorch(path: Path) -> Any:
     # argparse's Namespace only holds values; many training scripts save their options in one.
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on a file's age or kind: what fails is said below
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(_refusal(path, str(error))) from None
@@ -105,7 +107,7 @@ def _refusal(path: Path, message: str) -> str:
     if found is None:
         return f"the checkpoint {path} is damaged, or a pickle that holds more than weights"
     name = found[1]
-    if "blocked" in message or name.partition(".")[0] in ("builtins", "__builtin__"):
+    if "blocked" in message or "." not in name:  # PyTorch names builtins without their module
         return (
             f"refused to open {path}: unpickling it would run {name}, which weights never need; "
             "don't use this file"

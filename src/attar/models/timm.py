@@ -24,7 +24,9 @@ def timm_model(
             f"timm:{name} needs timm, which isn't installed: pip install 'attar[timm]'"
         ) from None
     if not timm.is_model(name.split(".")[0]):
-        raise UsageError(f"timm has no model {name!r}{near(name, get_close_matches(name, timm.list_models()))}")
+        raise UsageError(
+            f"timm has no model {name!r}{near(name, get_close_matches(name, timm.list_models()))}"
+        )
     given = {"in_chans": channels, "num_classes": classes}
     known = {k: v for k, v in given.items() if v is not None}
     return call(

@@ -56,7 +56,8 @@ def torchvision_model(
     from torchvision import models
 
     if name not in torchvision_names():
-        raise UsageError(f"torchvision has no model {name!r}{near(name, get_close_matches(name, torchvision_names()))}")
+        close = get_close_matches(name, torchvision_names())
+        raise UsageError(f"torchvision has no model {name!r}{near(name, close)}")
     arguments = torchvision_arguments(name, arguments)
     if "input_size" in arguments:
         arguments["input_size"] = tuple(arguments["input_size"])  # JSON knows only lists
