@@ -39,11 +39,14 @@ class Transform(ABC):
 
 
 class Crop(Transform):
-    """A window at a random place of the padded image."""
+    """A window at a random place of the padded image.
+
+    size: height, width. padding: left, right, top, bottom. mode: one of `PAD_MODES`.
+    """
 
     def __init__(self, size: Sequence[int], padding: Sequence[int], fill: float, mode: str) -> None:
         self.height, self.width = size
-        self.left, self.top, self.right, self.bottom = padding
+        self.left, self.right, self.top, self.bottom = padding
         self.fill, self.mode = fill, mode
 
     def draw(self, count: int, shape: Shape, generator: torch.Generator) -> Tensor:

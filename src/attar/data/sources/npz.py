@@ -67,7 +67,8 @@ def _pair(
 
 def _stacked(labels: list[np.ndarray], path: Path) -> np.ndarray:
     """All splits' labels together, so that a name means the same class in each."""
+    columns = [y.reshape(-1) if y.shape[1:] == (1,) else y for y in labels]
     try:
-        return np.concatenate(labels)
+        return np.concatenate(columns)
     except ValueError as error:
         raise DataError(f"the labels in {path} differ in form between splits: {error}") from None
