@@ -12,8 +12,11 @@ REGISTRIES = {
     "models": ("attar.models.base:models", "Networks of Attar's own; torchvision's work by name."),
     "sources": ("attar.data.parts:sources", "Where data come from: `data: {source: …}`."),
     "stages": ("attar.stages.base:stages", "Steps of a recipe: `stages: [{NAME: {…}}]`."),
-    "criteria": ("attar.distill.base:criteria", "What a student is taught by: `distill`."),
-    "prune-criteria": ("attar.prune.criteria:criteria", "Which weights or channels go: `prune`."),
+    "criteria": ("attar.distill.criterion:criteria", "What a student is taught by: `distill`."),
+    "prune-criteria": (
+        "attar.prune.criteria.base:criteria",
+        "Which weights or channels go: `prune`.",
+    ),
     "tasks": ("attar.tasks.base:tasks", "What is right: `task: …`."),
     "runtimes": (
         "attar.runtimes.base:runtimes",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 import sys
 import time
 import traceback
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ class Commands(TyperGroup):
     """Runs a command; whatever it raises becomes a sentence on stderr and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
+        if not ctx.params.get("debug"):
+            _quiet_libraries()
         try:
             return super().invoke(ctx)
         except AttarError as error:
@@ -40,6 +44,12 @@ class Commands(TyperGroup):
             if _is_usage(error):
                 raise
             raise _unexpected(error, ctx) from None
+
+
+def _quiet_libraries() -> None:
+    """Keeps what libraries tell their own developers off the screen."""
+    warnings.simplefilter("ignore")
+    logging.getLogger("torch").setLevel(logging.ERROR)
 
 
 def say_error(text: str) -> None:

@@ -44,9 +44,10 @@ def stage_of(written: object) -> Stage:
     ((name, settings),) = written.items()
     try:
         kind = stages.get(str(name))
+        whole = TypeAdapter(dict[str, kind]).validate_python({name: settings or {}})  # type: ignore[valid-type]
     except UsageError as error:
         raise ValueError(str(error)) from None
-    return TypeAdapter(dict[str, kind]).validate_python({name: settings or {}})[name]  # type: ignore[valid-type]
+    return whole[name]
 
 
 def _written(stage: Stage) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
-from attar.errors import RecipeError
+from attar.errors import RecipeError, UsageError
 from attar.recipe.messages import sentences
 from attar.recipe.model import Recipe
 from attar.recipe.source import Source, override, read_source
@@ -55,6 +55,8 @@ def validated(source: Source) -> Recipe:
             raise RecipeError(f"{source.title}: {wrong[0]}") from None
         listed = "\n".join(f"  {sentence}" for sentence in wrong)
         raise RecipeError(f"{source.title} has {len(wrong)} mistakes:\n{listed}") from None
+    except UsageError as error:
+        raise RecipeError(f"{source.title}: {error}") from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
