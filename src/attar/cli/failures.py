@@ -49,7 +49,8 @@ class Commands(TyperGroup):
 def _quiet_libraries() -> None:
     """Keeps what libraries tell their own developers off the screen."""
     warnings.simplefilter("ignore")
-    logging.getLogger("torch").setLevel(logging.ERROR)
+    for name in ("torch.utils._pytree", "torch.onnx", "torch.export"):  # torch resets "torch"
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def say_error(text: str) -> None:
