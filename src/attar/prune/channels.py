@@ -21,9 +21,10 @@ from attar.prune.removal import (
     remove_verified,
 )
 from attar.prune.selection import Scope, Selection, Widths, atom_scores, select_channels
-from attar.prune.trace import evaluating
+from attar.prune.trace import OUTPUT
 from attar.prune.weights import Masked
 from attar.student import Student
+from attar.training.evaluation import evaluating
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,20 @@ class Pruned:
     floored: list[str]
     undone: dict[str, str]
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "widths": {layer: list(pair) for layer, pair in self.widths.items()},
-            "kept": self.kept,
-            "floored": self.floored,
-            "undone": self.undone,
-        }
+    def notes(self) -> list[str]:
+        """What a person should hear, in sentences."""
+        said = []
+        if not any(after < before for before, after in self.widths.values()):
+            said.append("no channel could be removed")
+        held = [n for n, why in self.kept.items() if why != OUTPUT and n not in self.undone]
+        if held:
+            said.append(f"all channels stay in {_listed(held)}: {self.kept[held[0]]}")
+        if self.floored:
+            said.append(f"the floor keeps more channels than asked in {_listed(self.floored)}")
+        for reason in dict.fromkeys(self.undone.values()):
+            layers = [layer for layer, other in self.undone.items() if other == reason]
+            said.append(f"pruning {_listed(layers)} was undone: {reason}")
+        return said
 
 
 def prune_channels(
@@ -68,7 +76,7 @@ def prune_channels(
     ratio: share of channels to remove, or threshold: score under which they go.
     scope: `local` removes the share from each layer, `global` where it matters least.
     exclude: paths of layers (with `*`) that keep their channels.
-    original: widths that `ratio` counts from, by parameter path, when pruning again.
+    original: widths that `ratio` counts from, by layer, when pruning again.
     calls: batches for a criterion that needs data.
 
     A removal that fails its check is undone, with what it hangs on in `Pruned.undone`. Raises
@@ -115,12 +123,6 @@ def prune_channels(
     return Student(narrow, student.spec, [*edits, removal]), pruned
 
 
-def layer_widths(module: nn.Module, example: tuple[Any, ...]) -> dict[str, int]:
-    """The width of every layer that makes channels, by parameter path."""
-    graph = channel_graph(module, first_of_batch(example))
-    return {p.path: len(p.atoms) for p in graph.producers}
-
-
 def _check(
     criterion: Criterion, ratio: float | None, threshold: float | None, calls: Calls | None
 ) -> None:
@@ -159,7 +161,10 @@ def _freeze_guilty(
     parts = [np.intersect1d(family, atoms) for family in graph.families()]
     whole = {int(a): family for family in graph.families() for a in family}
     undone = {}
-    for part, message in guilty([p for p in parts if p.size], fails):
+    for part, failure in guilty([p for p in parts if p.size], fails):
+        shaped = [said for atoms, said in graph.reshapes if np.isin(atoms, part).any()]
+        sizes = f"; sizes may be fixed by {', '.join(dict.fromkeys(shaped))}" if shaped else ""
+        message = failure + sizes
         for place in graph.producers:
             if np.isin(place.atoms, part).any():
                 undone[place.layer] = message
@@ -179,3 +184,8 @@ def _widths(graph: ChannelGraph, gone: np.ndarray) -> dict[str, tuple[int, int]]
         p.layer: (len(p.atoms), int(len(p.atoms) - np.isin(p.atoms, gone).sum()))
         for p in graph.producers
     }
+
+
+def _listed(names: list[str], shown: int = 3) -> str:
+    rest = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")

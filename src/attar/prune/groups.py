@@ -35,19 +35,21 @@ class Place:
 
     @property
     def layer(self) -> str:
-        """The module's path."""
-        return self.path if self.role == "attribute" else self.path.rpartition(".")[0]
+        """What people call it: the parameter's path, without `.weight`."""
+        return self.path.removesuffix(".weight")
 
 
 @dataclass
 class ChannelGraph:
     """A network's atoms: where they occur and which must stay.
 
-    frozen: why an atom can't be removed, by atom; what is not in it can be.
+    frozen: why an atom can't be removed, by atom; what is not in it can be. reshapes: operators
+    that give atoms a new shape, which their code may fix.
     """
 
     places: list[Place]
     frozen: dict[int, str] = field(default_factory=dict)
+    reshapes: list[tuple[np.ndarray, str]] = field(default_factory=list)
 
     @property
     def producers(self) -> list[Place]:
@@ -73,6 +75,12 @@ class ChannelGraph:
             if reasons and all(reasons):
                 result[place.layer] = str(reasons[0])
         return result
+
+    def counts(self) -> tuple[int, int]:
+        """How many output channels can be removed, over all layers, and of how many."""
+        made = [p.atoms for p in self.producers]
+        channels = np.concatenate(made) if made else np.empty(0, np.int64)
+        return int(np.isin(channels, self.prunable()).sum()), len(channels)
 
     def families(self) -> list[np.ndarray]:
         """The prunable atoms, apart where no place holds both: int64 arrays."""
@@ -114,6 +122,7 @@ def channel_graph(module: nn.Module, example: tuple[Any, ...]) -> ChannelGraph:
     )
     for slots, reason in trace.reasons:
         graph.freeze(np.unique(atoms[slots.numpy()]), reason)
+    graph.reshapes = [(atoms[slots[slots >= 0].numpy()], said) for slots, said in trace.reshapes]
     whole = {axis.path for axis in trace.axes.values()}
     for path, slots in trace.elements.items():
         _add_elements(graph, path, atoms[slots.numpy()], path in whole)

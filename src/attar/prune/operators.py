@@ -257,7 +257,8 @@ def along(trace: Trace, node: Node, a: dict[str, Any]) -> Any:
 @rule(
     "zeros", "ones", "full", "empty", "arange", "scalar_tensor", "new_zeros", "new_ones",
     "new_full", "new_empty", "zeros_like", "ones_like", "full_like", "empty_like", "linspace",
-    "eye", "rand", "randn", "rand_like", "randn_like", "tril", "triu", "sym_size", "_assert_tensor_metadata",
+    "eye", "rand", "randn", "rand_like", "randn_like", "tril", "triu", "sym_size",
+    "_assert_tensor_metadata",
 )  # fmt: skip
 def nothing(trace: Trace, node: Node, a: dict[str, Any]) -> Any:
     """A constant belongs to no channel."""
@@ -267,9 +268,17 @@ def nothing(trace: Trace, node: Node, a: dict[str, Any]) -> Any:
 # --- what moves elements about --------------------------------------------------------------------
 
 
+@rule("view", "_unsafe_view", "reshape", "unflatten", "expand")
+def reshape(trace: Trace, node: Node, a: dict[str, Any]) -> Tensor:
+    """The operator itself, run on the labels; sizes written into the code are found out later."""
+    trace.reshaped(a["self"], node)
+    result: Tensor = trace.run(node)
+    return result
+
+
 @rule(
-    "view", "_unsafe_view", "reshape", "view_as", "reshape_as", "flatten", "unflatten", "permute",
-    "transpose", "t", "numpy_T", "mT", "squeeze", "unsqueeze", "expand", "expand_as", "movedim",
+    "view_as", "reshape_as", "flatten", "permute",
+    "transpose", "t", "numpy_T", "mT", "squeeze", "unsqueeze", "expand_as", "movedim",
     "swapaxes", "swapdims", "flip", "repeat", "tile", "repeat_interleave", "pixel_shuffle",
     "pixel_unshuffle", "channel_shuffle", "stack", "cat", "concat", "atleast_2d", "broadcast_to",
     "moveaxis", "ravel", "unfold", "diagonal", "rot90",

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,8 +15,9 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from attar.errors import AttarError, CheckpointError
 from attar.prune.groups import ChannelGraph
-from attar.prune.trace import evaluating
+from attar.prune.trace import where_failed
 from attar.student.edits import Edit
+from attar.training.evaluation import evaluating
 
 
 class RemovalFailed(AttarError):
@@ -135,7 +134,7 @@ def remove_verified(
     except CheckpointError:
         raise
     except Exception as error:  # whatever the person's forward raises on the smaller network
-        raise RemovalFailed(f"the smaller network fails at {_where(error)}") from None
+        raise RemovalFailed(f"the smaller network fails at {where_failed(error)}") from None
     masked = copy.deepcopy(module)
     _zero(masked, removal)
     with evaluating(masked):
@@ -269,14 +268,3 @@ def _each(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(_each(item, function) for item in value)
     return value
-
-
-def _where(error: Exception) -> str:
-    """The line of the network's own code that failed, and what it said."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if "/torch/" not in f.filename and f.filename != __file__] or frames[
-        -1:
-    ]
-    place = f"{Path(own[-1].filename).name}:{own[-1].lineno}: {own[-1].line}" if own else "?"
-    said = str(error).strip().splitlines()
-    return f"{place} ({said[0] if said else type(error).__name__})"

@@ -33,7 +33,7 @@ class Widths:
         return min(self.floor, math.ceil(width / 2))
 
     def allowed(self, wanted: float, width: int) -> int:
-        """The allowed width nearest to the one wanted, of at most `width`."""
+        """The allowed width nearest to the one wanted, for a layer that was `width` wide."""
         step = self.round_to if width >= 2 * self.round_to else 1
         nearest = step * math.floor(wanted / step + 0.5)
         return min(width, max(nearest, self.least(width)))
@@ -89,7 +89,7 @@ def select_channels(
 
     ratio: the share of channels to remove: of each layer (`local`), or of all together, wherever
         they matter least (`global`). threshold: or, what scores less goes. original: widths before
-        earlier steps, by parameter path, which `ratio` counts from.
+        earlier steps, by layer, which `ratio` counts from.
 
     Each layer's width becomes the allowed one nearest to what was asked. Layers that share channels
     (residual stages, concatenations) are settled narrowest first: what a narrower one keeps, the
@@ -103,12 +103,12 @@ def select_channels(
     gone = np.zeros(len(scores), dtype=bool)
     selection = Selection(np.empty(0, np.int64))
     for place in sorted(graph.producers, key=lambda p: len(p.atoms)):
-        width = len(place.atoms)
+        width = (original or {}).get(place.layer, len(place.atoms))
         if low is None:
             assert ratio is not None
-            wanted = (1 - ratio) * (original or {}).get(place.path, width)
+            wanted = (1 - ratio) * width
         else:
-            wanted = width - int(low[place.atoms].sum())
+            wanted = len(place.atoms) - int(low[place.atoms].sum())
         keep = widths.allowed(wanted, width)
         if keep > math.ceil(wanted) and keep == widths.least(width) and free[place.atoms].any():
             selection.floored.append(place.layer)
@@ -149,7 +149,7 @@ def _lowest(
     already = 0
     for place in graph.producers:
         channels += np.bincount(place.atoms, minlength=len(scores))
-        already += (original or {}).get(place.path, len(place.atoms)) - len(place.atoms)
+        already += (original or {}).get(place.layer, len(place.atoms)) - len(place.atoms)
     order = np.flatnonzero(free)[np.argsort(scores[free], kind="stable")]
     total = channels[order].sum() + already
     low = np.zeros(len(scores), dtype=bool)

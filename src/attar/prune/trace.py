@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,9 +16,11 @@ from torch.fx.node import map_arg
 from attar.errors import ExportError
 from attar.prune.labels import NOTHING, Ties, main_dimension, stored, tidy, varying
 from attar.prune.operators import find_rule, name_of
+from attar.training.evaluation import evaluating
 
 Role = Literal["out", "in", "own", "attribute"]
 
+OUTPUT = "its channels are the network's output"
 _NONE = torch.tensor(NOTHING)
 
 
@@ -56,7 +59,8 @@ class Trace:
     """Labels of every activation of a network, for one example.
 
     axes: by (path, dimension or attribute). elements: parameters used as activations, with the
-    slot of each element. reasons: what keeps slots from being removed.
+    slot of each element. reasons: what keeps slots from being removed. reshapes: operators that
+    give channels a new shape, which may be written into the code.
     """
 
     def __init__(self, module: nn.Module, example: tuple[Any, ...]) -> None:
@@ -65,6 +69,7 @@ class Trace:
         self.axes: dict[tuple[str, int | str], Axis] = {}
         self.elements: dict[str, Tensor] = {}
         self.reasons: list[tuple[Tensor, str]] = []
+        self.reshapes: list[tuple[Tensor, str]] = []
         self._values: dict[Node, Any] = {}
         self._constant: set[Node] = set()
         program = export(module, example)
@@ -144,6 +149,11 @@ class Trace:
             return self.axis(path, attribute, count, "attribute")
         return self.frozen_labels(node, f"counts {count} channels by a fixed number", count)
 
+    def reshaped(self, labels: Tensor, node: Node) -> None:
+        """Remembers that these channels get a new shape here."""
+        if varying(tidy(labels)):
+            self.reshapes.append((torch.unique(stored(labels)), self.describe(node)))
+
     def frozen_labels(self, node: Node, why: str, size: int) -> Tensor:
         """New labels that can't be removed, int64 (size,)."""
         slots = self.ties.slots(size)
@@ -213,7 +223,7 @@ class Trace:
             self._values[node] = self._placeholder(node)
         elif node.op == "output":
             for labels in _tensors(map_arg(node.args, self._labels)):
-                self._freeze(labels, "they are the network's output")
+                self._freeze(labels, OUTPUT)
         elif node.op == "call_function":
             if node.all_input_nodes and self._constant.issuperset(node.all_input_nodes):
                 self._constant.add(node)
@@ -229,7 +239,7 @@ class Trace:
             return value
         if node.name in self._user_inputs:
             label = self.ties.slots(1)
-            self._freeze(label, "they are the network's input")
+            self._freeze(label, "its channels are the network's input")
             return label[0].expand(value.shape)
         self._constant.add(node)
         if node.name in self._stored:
@@ -267,7 +277,7 @@ class Trace:
         value = self._values[node]
         if isinstance(value, Constant):
             slots = self.ties.slots(value.shape.numel())
-            self._freeze(slots, "they meet a constant of the code")
+            self._freeze(slots, "its channels meet a constant of the code")
             return slots.view(value.shape) if len(slots) > 1 else _NONE.expand(value.shape)
         if isinstance(value, Weight):
             if value.path not in self.elements:
@@ -292,27 +302,22 @@ _TAKES_WEIGHTS = {
 def export(module: nn.Module, example: tuple[Any, ...]) -> torch.export.ExportedProgram:
     """The network's graph in eval mode, for one example. Raises `ExportError`."""
     try:
-        with evaluating(module):
+        with evaluating(module), torch.inference_mode(False), torch.no_grad():
             return torch.export.export(module, example, strict=False)
     except Exception as error:  # whatever the person's forward raises under tracing
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ExportError(
-            f"the network's graph can't be read by torch.export ({first}), so its channels "
-            "can't be pruned; granularity: weight still works"
+            f"the network's graph can't be read by torch.export, which stops at "
+            f"{where_failed(error)}; its channels can't be pruned, but granularity: weight works"
         ) from None
 
 
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; every submodule's own mode afterwards."""
-    modes = {m: m.training for m in module.modules()}
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for submodule, training in modes.items():
-            submodule.training = training
+def where_failed(error: Exception) -> str:
+    """The line of the network's own code that failed, and what it said."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if "/torch/" not in f.filename and "/attar/prune/" not in f.filename]
+    place = f"{Path(own[-1].filename).name}:{own[-1].lineno}: {own[-1].line} " if own else ""
+    said = str(error).strip().splitlines()
+    return f"{place}({said[0].strip() if said else type(error).__name__})"
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -1,1 +1,5 @@
 """Pruning criteria: what makes a weight or a channel important. One file each."""
+
+from attar.prune.criteria.base import Calls, Criterion, criteria
+
+__all__ = ["Calls", "Criterion", "criteria"]

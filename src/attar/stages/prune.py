@@ -1,0 +1,206 @@
+"""The stage that removes what matters least."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+from attar.data.base import Batch
+from attar.prune import Masked, Pruned, Widths, criteria, cubic, prune_channels, prune_weights
+from attar.stages.base import Context, Stage, stages
+from attar.student import Student
+from attar.training.config import Training
+from attar.training.evaluation import device_of, to_device
+
+CANDIDATES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+OBSERVED = 8
+"""Batches that a criterion sees, where it needs data."""
+
+Ratio = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Cubic(BaseModel):
+    """Gradual pruning: in this many steps, fast at first (Zhu & Gupta 2017)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    cubic: int = Field(ge=2)
+
+
+@stages.register("prune")
+class Prune(Stage):
+    """Removes the least important channels, physically and with all that is tied to them, or sets
+    single weights to zero.
+
+    Channels make the model smaller and faster on any machine; every removal is proven to answer as
+    the network with those channels masked. Single weights stay as zeros, kept zero by every later
+    stage: they compress, but on most machines they don't run faster.
+    """
+
+    name: ClassVar[str] = "prune"
+    not_after: ClassVar[dict[str, str]] = {
+        "quantize": "its scales were fitted to the channels and weights that pruning would remove",
+        "share": "its codebooks were fitted to the weights that pruning would remove",
+    }
+    searched: ClassVar[tuple[str, ...]] = ("ratio",)
+
+    granularity: Literal["channel", "weight"] = "channel"
+    criterion: str = "magnitude"
+    """What is important: `magnitude` (L1), `magnitude-l2`, `activation`, `apoz`, `threshold`."""
+    ratio: Ratio | Literal["auto"] | None = None
+    """The share to remove; `auto`: the largest that keeps the budget's `max_drop` on validation."""
+    threshold: float | None = Field(None, gt=0)
+    """For `criterion: threshold`, instead of a ratio: what is smaller goes."""
+    scope: Literal["local", "global"] = "local"
+    """The same share of each layer, or of all together, wherever it matters least."""
+    schedule: Literal["one-shot"] | Cubic = "one-shot"
+    """`{cubic: 4}`: in four steps, each followed by its part of `recover`'s epochs."""
+    recover: Training | None = None
+    """Fine-tuning against the teacher."""
+    exclude: list[str] = Field(default_factory=list)
+    """Layers to leave alone, by path; `*` stands for anything."""
+    floor: int = Field(8, ge=1)
+    """Fewest channels a layer keeps (weights a tensor keeps); narrow layers keep half."""
+    round_to: int = Field(8, ge=1)
+    """Layers of twice as many channels keep a multiple of it, which runs faster."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Prune:
+        by_threshold = self.criterion == "threshold"
+        if by_threshold and (self.threshold is None or self.ratio is not None):
+            raise ValueError("criterion: threshold takes a threshold and no ratio")
+        if not by_threshold and self.threshold is not None:
+            raise ValueError("threshold is for criterion: threshold")
+        if not by_threshold and self.ratio is None:
+            raise ValueError("give ratio, a number between 0 and 1 or auto")
+        kind = criteria.get(self.criterion)
+        if self.granularity not in kind.granularities:
+            raise ValueError(
+                f"criterion: {self.criterion} scores {' and '.join(kind.granularities)}s, "
+                f"not single {self.granularity}s"
+            )
+        if isinstance(self.schedule, Cubic) and (self.recover is None or by_threshold):
+            raise ValueError("a gradual schedule needs a ratio, and recover to train between steps")
+        return self
+
+    def apply(self, student: Student, run: Context) -> Student:
+        ratio = self._largest(student, run) if self.ratio == "auto" else self.ratio
+        if self.ratio == "auto" and ratio is None:
+            run.tell(_note(f"even {CANDIDATES[0]:.0%} drops too much; nothing is pruned"))
+            return student
+        run.found.update(granularity=self.granularity, criterion=self.criterion, ratio=ratio)
+        original: dict[str, int] = {}
+        for step, (share, training) in enumerate(rounds := self._rounds(ratio), start=1):
+            student, said = self._once(student, run, share, original)
+            if said is not None:
+                original = original or {layer: before for layer, (before, _) in said.widths.items()}
+                self._report(run, said, original, first=step == 1)
+            if training is not None:
+                label = "recover" if len(rounds) == 1 else f"recover {step} of {len(rounds)}"
+                student = run.train(student, training, label=label)
+        if self.granularity == "weight":
+            run.found["weights"] = _weights(student)
+        return student
+
+    def _rounds(self, ratio: float | None) -> list[tuple[float | None, Training | None]]:
+        """The share pruned after each round, and the training that follows it."""
+        if self.recover is None or ratio is None or not isinstance(self.schedule, Cubic):
+            return [(ratio, self.recover)]
+        shares = cubic(ratio, self.schedule.cubic)
+        epochs = [_part(self.recover.epochs, step, len(shares)) for step in range(len(shares))]
+        trainings = [self.recover.model_copy(update={"epochs": n}) for n in epochs]
+        return list(zip(shares, trainings, strict=True))
+
+    def _once(
+        self,
+        student: Student,
+        run: Context,
+        ratio: float | None,
+        original: dict[str, int] | None = None,
+    ) -> tuple[Student, Pruned | None]:
+        """One removal; what it did to channels, where it was channels."""
+        criterion = criteria.get(self.criterion)()
+        if self.granularity == "weight":
+            pruned = prune_weights(
+                student,
+                criterion=criterion,
+                ratio=ratio,
+                threshold=self.threshold,
+                scope=self.scope,
+                floor=self.floor,
+                exclude=self.exclude,
+            )
+            return pruned, None
+        device = device_of(student.module)
+
+        def calls() -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+            batches: Iterator[Batch] = run.data.train.batches(128, shuffle=True, seed=run.seed)
+            for batch in islice(batches, OBSERVED):
+                yield run.task.arguments(to_device(batch, device))
+
+        return prune_channels(
+            student,
+            _example(run, device),
+            criterion=criterion,
+            ratio=ratio,
+            threshold=self.threshold,
+            scope=self.scope,
+            widths=Widths(self.floor, self.round_to),
+            exclude=self.exclude,
+            original=original,
+            calls=calls,
+        )
+
+    def _largest(self, student: Student, run: Context) -> float | None:
+        from attar.tuning.auto import search
+
+        def attempt(ratio: float) -> nn.Module:
+            trial, _ = self._once(student, run, ratio)
+            if self.recover:
+                short = self.recover.model_copy(update={"epochs": max(1, self.recover.epochs // 3)})
+                trial = run.at(f"ratio-{ratio:g}").train(
+                    trial, short, label=f"recover at {ratio:g}"
+                )
+            return trial.module
+
+        found = search(run, "ratio", CANDIDATES, attempt)
+        largest, run.found["tried"] = found
+        return largest
+
+    def _report(self, run: Context, said: Pruned, original: dict[str, int], *, first: bool) -> None:
+        run.found["channels"] = {
+            layer: {"before": original[layer], "after": after}
+            for layer, (_, after) in said.widths.items()
+        }
+        run.found["kept_whole"] = said.kept
+        if said.undone:
+            run.found["undone"] = said.undone
+        for message in said.notes() if first else ():
+            run.tell(_note(message))
+
+
+def _example(run: Context, device: Any) -> tuple[Tensor, ...]:
+    return tuple(x.to(device) for x in run.task.example(run.data))
+
+
+def _weights(student: Student) -> dict[str, dict[str, int]]:
+    """By layer: how many weights there are, and how many of them stay."""
+    return {
+        path.removesuffix(".weight"): {"weights": mask.numel(), "kept": int(mask.sum())}
+        for edit in student.edits
+        if isinstance(edit, Masked)
+        for path, mask in edit.masks.items()
+    }
+
+
+def _part(total: int, step: int, steps: int) -> int:
+    """A step's part of all epochs, at least one; what is left over goes to the last steps."""
+    return max(1, total * (step + 1) // steps - total * step // steps)
+
+
+def _note(text: str) -> dict[str, Any]:
+    return {"event": "note", "text": f"prune: {text}"}

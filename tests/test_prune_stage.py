@@ -1,0 +1,185 @@
+"""The prune stage: what a recipe says, and what the run hears."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from attar.data.base import Batch
+from attar.errors import UsageError
+from attar.stages.base import Context, stages
+from attar.stages.prune import Prune
+from attar.student import Student
+from attar.training.config import Training
+
+
+class Digits:
+    """Ten random images, as a split and the task that reads it."""
+
+    metric = SimpleNamespace(higher_is_better=True)
+    images = torch.randn(10, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def batches(self, batch_size: int, **options: Any):
+        yield Batch(self.images, None, torch.arange(10))
+
+    def arguments(self, batch: Batch):
+        return (batch.inputs,), {}
+
+    def example(self, data: Any):
+        return (self.images[:2],)
+
+
+@dataclass(frozen=True)
+class Bench(Context):
+    """A context whose metric is the share of the first layer's channels or weights left."""
+
+    trained: list[tuple[str, str, int, int]] = field(default_factory=list)
+
+    def evaluate(self, module: nn.Module, split: str = "validation") -> float:
+        assert split == "validation"
+        return int(module[0].weight.count_nonzero()) / (32 * 9)
+
+    def train(self, student: Student, training: Training, objective=None, **rest: Any) -> Student:
+        width = student.module[0].out_channels
+        label = rest.get("label", "recover")
+        self.trained.append((self.work.name, label, training.epochs, width))
+        return student
+
+
+@pytest.fixture
+def student() -> Student:
+    torch.manual_seed(0)
+    return Student(
+        nn.Sequential(
+            nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 36, 24), nn.ReLU(),
+            nn.Linear(24, 10),
+        )
+    )  # fmt: skip
+
+
+@pytest.fixture
+def events() -> list[dict[str, Any]]:
+    return []
+
+
+@pytest.fixture
+def run(tmp_path: Path, events) -> Bench:
+    digits = Digits()
+    return Bench(
+        task=digits, data=SimpleNamespace(train=digits), teacher=None, seed=0,
+        work=tmp_path / "prune", tell=events.append, max_drop=0.5, baseline=1.0,
+    )  # fmt: skip
+
+
+def test_channels_go_and_the_run_keeps_what_was_done(student, run, events):
+    pruned = Prune(ratio=0.5, recover=Training(epochs=3)).apply(student, run)
+    assert pruned.module[0].out_channels == 16
+    assert run.trained == [("prune", "recover", 3, 16)]
+    assert run.found == {
+        "granularity": "channel",
+        "criterion": "magnitude",
+        "ratio": 0.5,
+        "channels": {
+            "0": {"before": 32, "after": 16},
+            "3": {"before": 24, "after": 16},
+            "5": {"before": 10, "after": 10},
+        },
+        "kept_whole": {"5": "its channels are the network's output"},
+    }
+    assert not events
+
+
+def test_gradual_pruning_trains_between_its_steps(student, run):
+    stage = Prune(ratio=0.75, schedule={"cubic": 3}, recover={"epochs": 7}, round_to=1)
+    assert stage.apply(student, run).module[0].out_channels == 8
+    assert [(label, epochs) for _, label, epochs, _ in run.trained] == [
+        ("recover 1 of 3", 2),
+        ("recover 2 of 3", 2),
+        ("recover 3 of 3", 3),
+    ]
+    assert [width for *_, width in run.trained] == [15, 9, 8]
+    assert run.found["channels"]["0"] == {"before": 32, "after": 8}
+
+
+def test_weights_become_zero(student, run):
+    pruned = Prune(granularity="weight", ratio=0.6, exclude=["5"]).apply(student, run)
+    assert run.found["weights"] == {
+        "0": {"weights": 288, "kept": 116},
+        "3": {"weights": 27648, "kept": 11060},
+    }
+    assert int(pruned.module[0].weight.count_nonzero()) == 116
+    assert [e.kind for e in pruned.edits] == ["masked"]
+
+
+def test_activation_sees_the_training_data(student, run):
+    with torch.no_grad():
+        student.module[0].bias[::2] = -100
+    kept = student.module[0].bias[1::2].clone()
+    pruned = Prune(criterion="activation", ratio=0.5).apply(student, run)
+    assert torch.equal(pruned.module[0].bias, kept)
+
+
+def test_auto_takes_the_strongest_ratio_within_the_budget(student, run, events):
+    stage = Prune(ratio="auto", granularity="weight", recover=Training(epochs=6))
+    assert stage.searches
+    pruned = stage.apply(student, run)
+    assert run.found["ratio"] == 0.5
+    assert int(pruned.module[0].weight.count_nonzero()) == 144
+    tried = {t["value"]: t["kept"] for t in run.found["tried"]}
+    assert tried[0.5] and not tried[0.6]
+    assert [e["value"] for e in events if e["event"] == "trial"] == list(tried)
+    assert run.trained[0][:3] == ("ratio-0.5", "recover at 0.5", 2)
+    assert run.trained[-1][:3] == ("prune", "recover", 6)
+
+
+def test_auto_that_finds_nothing_leaves_the_student(student, run, events):
+    hopeless = Bench(**{**run.__dict__, "max_drop": 0.01})
+    assert Prune(ratio="auto", granularity="weight").apply(student, hopeless) is student
+    assert "nothing is pruned" in events[-1]["text"]
+
+
+def test_auto_needs_a_budget(student, run):
+    without = Bench(**{**run.__dict__, "max_drop": None})
+    with pytest.raises(UsageError, match="max_drop"):
+        Prune(ratio="auto").apply(student, without)
+
+
+def test_floors_and_layers_that_stay_are_said(student, run, events):
+    Prune(ratio=0.95, exclude=["3"]).apply(student, run)
+    said = " ".join(e["text"] for e in events if e["event"] == "note")
+    assert "all channels stay in 3: excluded by '3'" in said
+    assert "the floor keeps more channels than asked in 0" in said
+    assert run.found["kept_whole"]["3"] == "excluded by '3'"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"ratio": 1.5}, "less than 1"),
+        ({}, "give ratio"),
+        ({"criterion": "threshold", "ratio": 0.5}, "takes a threshold and no ratio"),
+        ({"ratio": 0.5, "threshold": 0.1}, "threshold is for criterion: threshold"),
+        ({"ratio": 0.5, "criterion": "apoz", "granularity": "weight"}, "scores channels"),
+        ({"ratio": 0.5, "schedule": {"cubic": 4}}, "needs a ratio, and recover"),
+        ({"ratio": 0.5, "schedule": {"cubic": 1}}, "greater than or equal to 2"),
+        ({"ratio": 0.5, "ratoi": 0.5}, "ratoi"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(fields, message):
+    with pytest.raises(ValidationError, match=message):
+        Prune(**fields)
+
+
+def test_an_unknown_criterion_names_near_ones():
+    with pytest.raises(UsageError, match="did you mean 'magnitude'"):
+        Prune(ratio=0.5, criterion="magnitudes")
+
+
+def test_pruning_comes_before_sharing_and_quantizing():
+    assert stages.get("prune") is Prune
+    assert set(Prune.not_after) == {"quantize", "share"}
