@@ -280,10 +280,9 @@ def test_predict_bench_fails_where_answers_differ(copy):
         changed = dict(arrays)
     changed["output_00"] = changed["output_00"] + 1
     np.savez_compressed(copy / "golden.npz", **changed)
+    digest = hashlib.sha256((copy / "golden.npz").read_bytes()).hexdigest()
     manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["golden"]["sha256"] = (
-        __import__("hashlib").sha256((copy / "golden.npz").read_bytes()).hexdigest()
-    )
+    manifest["golden"]["sha256"] = digest
     (copy / "manifest.json").write_text(json.dumps(manifest))
     done = predict(copy, "--bench", "--seconds", "0.1")
     assert (done.returncode, json.loads(done.stdout)["agrees"]) == (1, False)

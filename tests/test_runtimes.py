@@ -15,7 +15,7 @@ from torch import nn
 
 from attar.errors import ExportError, ParityError
 from attar.runtimes import runtimes
-from attar.runtimes.onnxruntime_graph import optimise_file
+from attar.runtimes.onnxruntime_graph import optimise_file, save, tidy
 from attar.runtimes.onnxruntime_profile import operators, profile
 from attar.runtimes.onnxruntime_session import OnnxSession
 from attar.runtimes.parity import QUANTIZED, check_parity
@@ -75,7 +75,6 @@ class Mistaken(nn.Module):
 
 def settled(module):
     """Batch norms as after training, so that folding them is no empty exercise."""
-    torch.manual_seed(0)
     for part in module.modules():
         if isinstance(part, nn.BatchNorm2d):
             nn.init.normal_(part.running_mean)
@@ -108,6 +107,7 @@ def export(module, example, folder, **options):
 
 @pytest.fixture(scope="module")
 def network():
+    torch.manual_seed(0)
     return settled(ConvNet())
 
 
@@ -218,17 +218,18 @@ def test_looking_inside_a_session(exported):
 
 
 def test_plain_int8_answers_like_its_source(network, exported, tmp_path):
-    (path,) = RUNTIME.plain_int8(exported, tmp_path, ((images(16).numpy(),) for _ in range(2)))
+    (path,) = RUNTIME.plain_int8(exported, tmp_path, ((images(n).numpy(),) for n in (32, 33)))
     found = OnnxSession(path)(images(64).numpy())[0]
     expected = RUNTIME.session(exported)(images(64).numpy())[0]
-    assert np.abs(found - expected).max() < 0.1 * np.abs(expected).max()
+    assert np.linalg.norm(found - expected) < 0.1 * np.linalg.norm(expected)
     ops = {r["op"] for r in operators(path.parent)}
     assert "QLinearConv" in ops
     assert not ops & {"Conv", "Gemm", "MatMul"}
 
 
 def test_eight_bit_products_do_not_overflow(tmp_path):
-    """The fast kernel of x86 without VNNI adds pairs of products in 16 bits: 2·255·127 is more."""
+    """The fast kernel of x86 without VNNI adds pairs of products in 16 bits: 2·255·127 is more.
+    Two products share their constants, which the slower kernel's preparation can't take."""
     tensors = {
         "scale": np.float32(1 / 255),
         "zero": np.uint8(0),
@@ -238,25 +239,31 @@ def test_eight_bit_products_do_not_overflow(tmp_path):
         "out_scale": np.float32(1),
     }
     node = helper.make_node
+    nodes = [
+        node("QuantizeLinear", ["x", "scale", "zero"], ["xq"]),
+        node("DequantizeLinear", ["xq", "scale", "zero"], ["xd"]),
+    ]
+    for k in "ab":
+        nodes += [
+            node("DequantizeLinear", ["w", "w_scale", "w_zero"], [f"wd_{k}"]),
+            node("MatMul", ["xd", f"wd_{k}"], [f"y_{k}"]),
+            node("QuantizeLinear", [f"y_{k}", "out_scale", "zero"], [f"yq_{k}"]),
+            node("DequantizeLinear", [f"yq_{k}", "out_scale", "zero"], [f"out_{k}"]),
+        ]
     graph = helper.make_graph(
-        [
-            node("QuantizeLinear", ["x", "scale", "zero"], ["xq"]),
-            node("DequantizeLinear", ["xq", "scale", "zero"], ["xd"]),
-            node("DequantizeLinear", ["w", "w_scale", "w_zero"], ["wd"]),
-            node("MatMul", ["xd", "wd"], ["y"]),
-            node("QuantizeLinear", ["y", "out_scale", "zero"], ["yq"]),
-            node("DequantizeLinear", ["yq", "out_scale", "zero"], ["out"]),
-        ],
+        nodes,
         "main",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 64])],
-        [helper.make_tensor_value_info("out", TensorProto.FLOAT, ["batch", 16])],
+        [helper.make_tensor_value_info(f"out_{k}", TensorProto.FLOAT, ["batch", 16]) for k in "ab"],
         [numpy_helper.from_array(np.asarray(v), k) for k, v in tensors.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     path = tmp_path / "model.onnx"
-    path.write_bytes(model.SerializeToString())
-    (found,) = OnnxSession(path)(np.ones((1, 64), np.float32))
-    np.testing.assert_array_equal(found, np.full((1, 16), 64, np.float32))
+    save(tidy(model), path)
+    for _ in ("as exported", "optimised offline"):
+        for found in OnnxSession(path)(np.ones((1, 64), np.float32)):
+            np.testing.assert_array_equal(found, np.full((1, 16), 64, np.float32))
+        assert optimise_file(path, [np.ones((1, 64), np.float32)])
 
 
 def test_asking_for_a_runtime_imports_no_pytorch():

@@ -52,32 +52,55 @@ def _tidy_graph(graph: onnx.GraphProto) -> None:
 
 
 def _share_constants(graph: onnx.GraphProto) -> None:
-    kept: dict[tuple[Any, ...], onnx.TensorProto] = {}
-    same: dict[str, str] = {}
     outputs = {o.name for o in graph.output}
-    tensors = []
-    for tensor in graph.initializer:
-        plain = tensor
-        if not tensor.HasField("raw_data") and tensor.data_type != onnx.TensorProto.STRING:
-            plain = numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name)
-        plain.doc_string = ""
-        del plain.metadata_props[:]
-        key = (plain.data_type, tuple(plain.dims), plain.raw_data)
-        if plain.raw_data and key in kept and plain.name not in outputs:
-            same[plain.name] = kept[key].name
-        else:
-            kept[key] = plain
-            tensors.append(plain)
-    tensors = [_copied(t) for t in tensors]
+    plain = [_plain(tensor) for tensor in graph.initializer]
+    kept: dict[tuple[Any, ...], str] = {}
+    same: dict[str, str] = {}
+    for tensor in plain:
+        key = (tensor.data_type, tuple(tensor.dims), tensor.raw_data)
+        shareable = tensor.raw_data and tensor.name not in outputs
+        if shareable and kept.setdefault(key, tensor.name) != tensor.name:
+            same[tensor.name] = kept[key]
     del graph.initializer[:]
-    graph.initializer.extend(tensors)
+    graph.initializer.extend(tensor for tensor in plain if tensor.name not in same)
     rename_values(graph, same)
+    if any(map(_beyond_seven_bits, plain)):
+        _part_bytes(graph)
 
 
-def _copied(tensor: onnx.TensorProto) -> onnx.TensorProto:
+def _part_bytes(graph: onnx.GraphProto) -> None:
+    """Gives every node int8 constants of its own. Where a session must move 8-bit weights to other
+    kernels (see `onnxruntime_session.CONFIG`), ONNX Runtime 1.32 can't load a file whose nodes
+    share one."""
+    byte = {t.name: t for t in graph.initializer if t.data_type == onnx.TensorProto.INT8}
+    uses: dict[str, int] = {}
+    for node in graph.node:
+        for i, name in enumerate(node.input):
+            if name in byte:
+                uses[name] = uses.get(name, 0) + 1
+                if uses[name] > 1:
+                    own = _plain(byte[name])
+                    own.name = node.input[i] = f"{name}/{uses[name]}"
+                    graph.initializer.append(own)
+
+
+def _plain(tensor: onnx.TensorProto) -> onnx.TensorProto:
+    """A copy with its values as raw bytes and nothing beside them."""
     copy = onnx.TensorProto()
-    copy.CopyFrom(tensor)
+    if tensor.HasField("raw_data") or tensor.data_type == onnx.TensorProto.STRING:
+        copy.CopyFrom(tensor)
+    else:
+        copy = numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name)
+    copy.doc_string = ""
+    del copy.metadata_props[:]
     return copy
+
+
+def _beyond_seven_bits(tensor: onnx.TensorProto) -> bool:
+    if tensor.data_type != onnx.TensorProto.INT8:
+        return False
+    values = np.frombuffer(tensor.raw_data, np.int8)
+    return bool(((values < -64) | (values > 64)).any())
 
 
 def rename_values(graph: onnx.GraphProto, names: dict[str, str]) -> None:
