@@ -1,0 +1,23 @@
+"""Distillation: criteria between a student and its teacher, and what they need to work.
+
+Works without a recipe: a criterion is a module that is called with two signals, `Capture` reads
+inner layers of any network, and `DistillObjective` joins the losses.
+"""
+
+from attar.distill.capture import Capture
+from attar.distill.criterion import Criterion, criteria
+from attar.distill.objective import DistillObjective
+from attar.distill.recovery import recovery_objective
+from attar.distill.signal import Signal, Source
+from attar.distill.teacher import Teacher
+
+__all__ = [
+    "Capture",
+    "Criterion",
+    "DistillObjective",
+    "Signal",
+    "Source",
+    "Teacher",
+    "criteria",
+    "recovery_objective",
+]

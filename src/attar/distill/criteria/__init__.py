@@ -1,0 +1,1 @@
+"""Distillation criteria: what a student is taught by. One file each."""

@@ -1,0 +1,149 @@
+"""A criterion: one loss between what a student and its teacher answer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from torch import Tensor, nn
+
+from attar.data.base import Batch
+from attar.distill.signal import Signal
+from attar.errors import UsageError
+from attar.registry import Registry, near
+
+criteria: Registry[type[Criterion]] = Registry("criterion", "attar.distill.criteria")
+
+
+class Criterion(nn.Module, ABC):
+    """A loss between student and teacher on one batch. A subclass is one file, registered by name.
+
+    Its nested `Settings` are its keys in a recipe and its arguments in Python. It works in any
+    training loop: call it with two signals, multiply by `weight`, add to the loss.
+
+    Raises `UsageError` for settings that are unknown or out of range.
+
+    Example:
+        >>> @criteria.register("largest-gap")
+        ... class LargestGap(Criterion):
+        ...     "The largest difference of any logit."
+        ...     def forward(self, student, teacher, batch=None):
+        ...         return (student.logits - teacher.logits).abs().max()
+        >>> LargestGap(weight=0.5).weight
+        0.5
+    """
+
+    class Settings(BaseModel):
+        """`weight`: what its loss is multiplied by in the joint loss."""
+
+        model_config = ConfigDict(extra="forbid", frozen=True)
+
+        weight: float = Field(1.0, ge=0, allow_inf_nan=False)
+
+        @model_validator(mode="before")
+        @classmethod
+        def _known_keys(cls, values: Any) -> Any:
+            for key in values if isinstance(values, dict) else ():
+                if key not in cls.model_fields:
+                    raise ValueError(f"unknown key {key!r}{near(str(key), list(cls.model_fields))}")
+            return values
+
+    settings: Settings
+    student_layers: tuple[str, ...] = ()
+    """Paths of the student's layers whose outputs `forward` reads."""
+    teacher_layers: tuple[str, ...] = ()
+    """Paths of the teacher's."""
+    teaches_answers: ClassVar[bool] = False
+    """Whether it teaches what the task's own loss teaches, which may then weigh little."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        try:
+            self.settings = type(self).Settings(**settings)
+        except ValidationError as error:
+            raise UsageError(f"{type(self).__name__}: {_sentence(error)}") from None
+
+    @property
+    def weight(self) -> float:
+        """What its loss is multiplied by in the joint loss."""
+        return self.settings.weight
+
+    def prepare(self, student: Signal, teacher: Signal) -> None:
+        """Called once, with the signals of a real batch, before the optimizer is made: builds what
+        depends on their shapes (adapters), as parameters of its own."""
+
+    @abstractmethod
+    def forward(self, student: Signal, teacher: Signal, batch: Batch | None = None) -> Tensor:
+        """The unweighted loss, a scalar. batch: the examples, for those that need their labels."""
+
+
+def criterion_class(name: str) -> type[Criterion]:
+    """The criterion called `name`, or that of a person's `path/to/file.py:Name` once its code was
+    allowed to run. Raises `UsageError`."""
+    from attar.files import from_file, is_reference
+
+    if not is_reference(name):
+        return criteria.get(name)
+    own = from_file(name)
+    if not (isinstance(own, type) and issubclass(own, Criterion)):
+        raise UsageError(f"{name} is not a criterion: it should be a subclass of Criterion")
+    return own
+
+
+def written(criterion: object) -> dict[str, dict[str, Any]]:
+    """A criterion as a recipe has it, every setting written out: `{name: {setting: value}}`.
+
+    A person's `file.py:Name` is left as it is: its code may not have been allowed to run yet.
+    Raises `ValueError` (pydantic's own, with the place, where a setting is wrong).
+
+    Example:
+        >>> written("logits-mse")
+        {'logits-mse': {'weight': 1.0}}
+    """
+    from attar.files import is_reference
+
+    if isinstance(criterion, str):
+        criterion = {criterion: {}}
+    if not isinstance(criterion, dict) or len(criterion) != 1:
+        raise ValueError(
+            "a criterion is one name with its settings, such as `kd: {temperature: 4, weight: 0.9}`"
+        )
+    ((name, settings),) = criterion.items()
+    if is_reference(str(name)):
+        return {name: dict(settings or {})}
+    try:
+        kind = criteria.get(str(name)).Settings
+    except UsageError as error:
+        raise ValueError(str(error)) from None
+    place: TypeAdapter[Any] = TypeAdapter(dict[str, kind])  # type: ignore[valid-type]
+    valid = place.validate_python({name: settings or {}})
+    return {name: valid[name].model_dump(mode="json")}
+
+
+def wide(x: Tensor) -> Tensor:
+    """In at least float32: differences of probabilities are lost in half precision."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def responses(student: Signal, teacher: Signal) -> tuple[Tensor, Tensor]:
+    """Both networks' logits as (positions, classes), in at least float32.
+
+    Raises `UsageError` where they answer with different numbers of classes.
+    """
+    own, wanted = student.logits, teacher.logits
+    if own.shape[-1] != wanted.shape[-1]:
+        raise UsageError(
+            f"the student answers with {own.shape[-1]} classes and the teacher with "
+            f"{wanted.shape[-1]}: criteria on responses need the same classes in both"
+        )
+    return wide(own.flatten(0, -2)), wide(wanted.flatten(0, -2))
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    said = str(first.get("ctx", {}).get("error") or first["msg"])
+    said = said.replace("Input should", "should")
+    return f"{place} {said}, not {first['input']!r}" if place else said

@@ -1,0 +1,98 @@
+"""The stage that teaches a student what its teacher knows."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import BeforeValidator, Field, field_validator
+
+from attar.distill.criterion import Criterion, criterion_class, written
+from attar.distill.objective import DistillObjective
+from attar.distill.teacher import Teacher
+from attar.errors import UsageError
+from attar.stages.base import Context, Stage, stages
+from attar.student import Student
+from attar.training.config import Training
+from attar.training.evaluation import device_of, to_device
+
+BESIDE_ANSWERS = 0.1
+"""What the task's own loss weighs beside criteria that teach the answers too (Hinton et al. 2015:
+"a considerably lower weight" on the labels); beside others it weighs 1."""
+
+Written = Annotated[dict[str, dict[str, Any]], BeforeValidator(written)]
+
+
+@stages.register("distill")
+class Distill(Stage, Training):
+    """Trains the student on what its teacher answers, and on the task, for some epochs.
+
+    The loss is `task_weight · L_task + Σ weightᵢ · L_kdᵢ`. All of a training's keys (`epochs`,
+    `optimizer`, `schedule`, …) stand beside `criteria`. The teacher runs in the fastest form that
+    agrees with it on this machine. (Hinton et al., "Distilling the Knowledge in a Neural Network",
+    2015.)
+    """
+
+    name: ClassVar[str] = "distill"
+    not_after: ClassVar[dict[str, str]] = {
+        "quantize": "quantized weights lie on a grid that training would move them off"
+    }
+
+    criteria: list[Written] = Field(default_factory=lambda: [written("kd")])
+    """What the teacher is asked: names, or `{name: {weight: …, …}}`; `attar list criteria`."""
+    task_weight: float | None = Field(None, ge=0, allow_inf_nan=False)
+    """Of the task's own loss. Default: 0.1 beside a criterion on responses, 1 beside others."""
+
+    @field_validator("criteria")
+    @classmethod
+    def _some(cls, criteria: list[Written]) -> list[Written]:
+        if not criteria:
+            raise ValueError("distill teaches by at least one criterion, such as kd")
+        return criteria
+
+    def apply(self, student: Student, run: Context) -> Student:
+        if run.teacher is None:
+            raise UsageError("distill needs a teacher, and this recipe gives it none here")
+        criteria = self._built()
+        examples, size = len(run.data.train), self.batch_size
+        teacher = Teacher(
+            run.teacher,
+            run.task,
+            layers=[path for one in criteria.values() for path in one.teacher_layers],
+            calls=self.epochs * math.ceil(examples / size),
+            tell=run.tell,
+        )
+        objective = DistillObjective(
+            run.task,
+            teacher,
+            criteria,
+            task_weight=self._task_weight(criteria),
+            label_smoothing=self.label_smoothing,
+        )
+        batch = run.data.train.pick(range(min(size, examples)))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(run.seed)  # the adapters' initial weights
+            objective.prepare(student.module, to_device(batch, device_of(student.module)))
+        trained = run.train(student, self._training(), objective, label="distill")
+        run.found["teacher"] = teacher.choice
+        return trained
+
+    def _built(self) -> dict[str, Criterion]:
+        """The criteria by what their terms are called; a name that comes again gets a number."""
+        built: dict[str, Criterion] = {}
+        for one in self.criteria:
+            ((name, settings),) = one.items()
+            short = name.rpartition(":")[2]
+            count = sum(known.partition(" ")[0] == short for known in built)
+            built[f"{short} {count + 1}" if count else short] = criterion_class(name)(**settings)
+        return built
+
+    def _task_weight(self, criteria: dict[str, Criterion]) -> float:
+        if self.task_weight is not None:
+            return self.task_weight
+        teaches = any(one.teaches_answers for one in criteria.values())
+        return BESIDE_ANSWERS if teaches else 1.0
+
+    def _training(self) -> Training:
+        return Training(**{name: getattr(self, name) for name in Training.model_fields})
