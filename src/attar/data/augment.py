@@ -114,7 +114,7 @@ class EachImage(Transform):
             )
 
     def _one(self, image: Tensor, seed: int) -> Tensor:
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # a hundredth of torch.manual_seed
         return self.transform(image)
 
 
