@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
@@ -17,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 from attar.data.arrays import shares, visiting_order
 from attar.data.augment import mixed
 from attar.data.base import Batch, Data, Split
+from attar.data.randomness import fresh_states, randomness, reproducibly
 from attar.errors import DataError, UsageError
 
 Loader = DataLoader | Dataset | Iterable[Any] | Callable[[], Iterable[Any]] | Split
@@ -131,7 +129,7 @@ class LoaderSplit:
     def pick(self, indices: Sequence[int]) -> Batch:
         """The examples at these places."""
         places = torch.as_tensor(indices, dtype=torch.int64).reshape(-1)
-        with randomness(_fresh_states(0)):
+        with randomness(fresh_states(0)):
             batch = self._loader.collate_fn([self._dataset[i] for i in places.tolist()])
         return Batch(*_pair(batch, self.name), places)
 
@@ -148,7 +146,7 @@ class LoaderSplit:
         sampler = self._loader.sampler
         if not shuffle or isinstance(sampler, RandomSampler | SequentialSampler):
             return visiting_order(len(self), shuffle=shuffle, seed=seed, epoch=epoch)
-        with randomness(_fresh_states(mixed(seed, epoch, "order"))):
+        with randomness(fresh_states(mixed(seed, epoch, "order"))):
             return torch.tensor(list(sampler), dtype=torch.int64)
 
 
@@ -236,54 +234,6 @@ class StreamSplit:
                 "list, or a function that gives a fresh iterator"
             )
         return self._first_inputs()
-
-
-def reproducibly(batches: Iterable[Any], seed: int) -> Iterator[Any]:
-    """The same batches, made with random states of their own, apart from the training's."""
-    states = _fresh_states(seed)
-    end = object()
-    with randomness(states):
-        iterator = iter(batches)
-    while True:
-        with randomness(states):
-            batch = next(iterator, end)
-        if batch is end:
-            return
-        yield batch
-
-
-@contextmanager
-def randomness(states: dict[str, Any]) -> Iterator[None]:
-    """Inside, torch, NumPy and `random` draw from `states`, which move on."""
-    before = _random_states()
-    _set_random_states(states)
-    try:
-        yield
-    finally:
-        states.update(_random_states())
-        _set_random_states(before)
-
-
-def _fresh_states(seed: int) -> dict[str, Any]:
-    return {
-        "torch": torch.Generator().manual_seed(seed).get_state(),
-        "numpy": np.random.RandomState(seed % 2**32).get_state(),
-        "python": random.Random(seed).getstate(),
-    }
-
-
-def _random_states() -> dict[str, Any]:
-    return {
-        "torch": torch.get_rng_state(),
-        "numpy": np.random.get_state(),
-        "python": random.getstate(),
-    }
-
-
-def _set_random_states(states: dict[str, Any]) -> None:
-    torch.set_rng_state(states["torch"])
-    np.random.set_state(states["numpy"])
-    random.setstate(states["python"])
 
 
 def _pair(batch: Any, where: str) -> tuple[Tensor, Tensor]:
