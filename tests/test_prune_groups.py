@@ -157,7 +157,8 @@ def test_the_narrow_network_answers_as_the_masked_one(make, kept):
 QUICK = ["resnet18", "squeezenet1_1"]
 MORE = [
     "alexnet", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0", "densenet121", "googlenet",
-    "shufflenet_v2_x0_5", "resnext50_32x4d", "regnet_y_400mf", "mnasnet0_5", "inception_v3", "vgg11_bn",
+    "shufflenet_v2_x0_5", "resnext50_32x4d", "regnet_y_400mf", "mnasnet0_5", "inception_v3",
+    "vgg11_bn",
 ]  # fmt: skip
 TRANSFORMERS = ["vit_b_16", "swin_t", "convnext_tiny", "maxvit_t"]
 
