@@ -84,9 +84,13 @@ def prune_channels(
     removals work one by one but not together.
 
     Example:
-        >>> student, pruned = prune_channels(student, (images,), criterion=Magnitude(), ratio=0.5)
-        >>> pruned.widths["conv1"]
-        (64, 32)
+        >>> import torch; from attar.prune import criteria
+        >>> net = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
+        >>> l1 = criteria.get("magnitude")()
+        >>> student, pruned = prune_channels(
+        ...     Student(net), (torch.randn(2, 4),), criterion=l1, ratio=0.5)
+        >>> pruned.widths["0"], student.module[2].in_features
+        ((32, 16), 16)
     """
     module = student.module
     _check(criterion, ratio, threshold, calls)

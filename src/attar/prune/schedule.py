@@ -10,6 +10,6 @@ def cubic(final: float, steps: int) -> list[float]:
 
     Example:
         >>> [round(s, 3) for s in cubic(0.8, 4)]
-        [0.462, 0.7, 0.787, 0.8]
+        [0.463, 0.7, 0.788, 0.8]
     """
     return [final * (1 - (1 - step / steps) ** 3) for step in range(1, steps + 1)]
