@@ -94,9 +94,8 @@ class _Execution:
         student, key, origin = self.student(teacher, teacher_key)
         for index, stage in enumerate(job.stages, start=1):
             name = f"{index:02}-{stage.name}"
-            student, key, entry = self.stage(
-                stage, student, key, origin, teacher, teacher_key, name
-            )
+            teaching = (teacher, teacher_key)
+            student, key, entry = self.stage(stage, student, key, origin, teaching, name)
             view(entry / "student", self.folder / "stages" / name / "student")
             self.exported_row(stage.name, index, student, key, f"stages/{name}/bundle")
         self.deploy(student, key, len(job.stages) + 1)
@@ -330,7 +329,7 @@ class _Execution:
                 description=job.task.describe(job.data),
                 golden=tuple(x[:GOLDEN_EXAMPLES] for x in inputs),
                 recipe_sha256=hashlib.sha256(job.text.encode()).hexdigest(),
-                notes=_notes(student) if reference is not None else None,
+                notes=_notes(student, quantized=reference is None),
             )
             session = bundle.session(threads=_cores(), passes=deploy.graph)
             facts = counts(student, job.task.example(job.data))
@@ -482,10 +481,16 @@ class _Execution:
         self.tell({"event": "note", "text": text})
 
 
-def _notes(student: Student) -> dict[str, Any]:
+def _notes(student: Student, quantized: bool) -> dict[str, Any]:
     """What a bundle's manifest says of how its network was made."""
-    edits = [{"kind": e.kind, "summary": e.summary()} for e in student.edits]
-    return {"edits": edits} if edits else {}
+    if quantized:
+        return {"quantization": {"summary": "the runtime's own, after training"}}
+    notes: dict[str, Any] = {}
+    if student.edits:
+        notes["edits"] = [{"kind": e.kind, "summary": e.summary()} for e in student.edits]
+    for edit in student.find("quantized"):
+        notes["quantization"] = {"summary": edit.summary()}
+    return notes
 
 
 def _ratio(slow: dict[str, Any], fast: dict[str, Any]) -> dict[str, float]:
