@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -200,14 +201,17 @@ class _Execution:
         self.tell({**event, "cached": cached})
 
         def with_events(folder: Path, work: Path) -> None:
+            started = time.perf_counter()
             make(folder, work)
+            seconds = round(time.perf_counter() - started, 1)
+            (folder / "seconds.json").write_text(json.dumps(seconds), encoding="utf-8")
             events = work / "events.jsonl"
             if events.exists():
                 shutil.copy(events, folder / "events.jsonl")
 
         entry, was_there = self.store.compute(key, with_events)
         events = _told_once(entry / "events.jsonl")
-        self.seconds[key] = round(sum(e.get("seconds", 0.0) for e in events), 1)
+        self.seconds[key] = json.loads((entry / "seconds.json").read_text(encoding="utf-8"))
         if was_there:
             for told in events:
                 self.log(told)
@@ -231,13 +235,15 @@ class _Execution:
 
     def teacher_row(self, teacher: Student, key: str) -> None:
         job = self.job
-        key = key_of(row="eager", student=key, **self.inputs())
-        entry, _ = self.store.compute(key, eager_entry(teacher, job.data, job.task))
+        entry, _ = self.store.compute(
+            key_of(row="eager", student=key, **self.inputs()),
+            eager_entry(teacher, job.data, job.task),
+        )
         row = load_row("teacher", 0, entry)
         row.call = eager_call(teacher, self.sample(), job.deploy.threads)
         view(entry / "student", self.folder / "stages" / "00-teacher" / "student")
         self.baseline = job.task.value(row.statistics("validation"))
-        self.add(row, "stages/00-teacher/student", key, "pytorch-eager")
+        self.add(row, "stages/00-teacher/student", self.seconds.get(key, 0.0), "pytorch-eager")
         self.warn_if_memorised()
 
     def warn_if_memorised(self) -> None:
@@ -307,6 +313,7 @@ class _Execution:
         reference: torch.nn.Module | None,
     ) -> Row:
         job, deploy = self.job, self.job.deploy
+        seconds = self.seconds.get(key, 0.0)
         key = key_of(
             row=stage,
             student=key,
@@ -355,7 +362,7 @@ class _Execution:
         session = read_bundle(entry / "bundle").session(threads=deploy.threads, passes=deploy.graph)
         sample = self.sample()
         row.call = lambda: session(*sample)
-        self.add(row, path, key, deploy.runtime)
+        self.add(row, path, seconds, deploy.runtime)
         return row
 
     def sample(self) -> tuple[np.ndarray, ...]:
@@ -364,11 +371,11 @@ class _Execution:
         batch = next(iter(self.job.data.validation.batches(size)))
         return tuple(a.numpy()[:size] for a in self.job.task.arguments(batch)[0])
 
-    def add(self, row: Row, path: str, key: str, runtime: str) -> None:
+    def add(self, row: Row, path: str, seconds: float, runtime: str) -> None:
         """Takes a first look at the row's latency and shows it; `finish` measures all together."""
         timed = time_interleaved({"row": row.call}, seconds=FIRST_LOOK_SECONDS)["row"]
         self.set_latency(row, timed, runtime)
-        row.timings["seconds"] = self.seconds.get(key, 0.0)
+        row.timings["seconds"] = seconds
         self.rows.append(row)
         self.records.append(as_record(row, self.rows[0], self.job.task, path))
         self.write_ledger()
