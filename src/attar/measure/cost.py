@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -28,6 +31,19 @@ def macs(module: nn.Module, example: tuple[Any, ...]) -> int:
     """
     counted = copy.deepcopy(module).eval()
     one = tuple(x[:1] if isinstance(x, torch.Tensor) else x for x in example)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), _unfused_attention(), FlopCounterMode(display=False) as counter:
         counted(*one)
     return counter.get_total_flops() // 2
+
+
+@contextmanager
+def _unfused_attention() -> Iterator[None]:
+    """Attention as matrix products: PyTorch's counter doesn't know the CPU's fused kernels, and
+    would take their work for none."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
