@@ -49,9 +49,8 @@ def paired_share_drop(before: np.ndarray, after: np.ndarray) -> Interval:
     b, c, m = lost + 0.5, won + 0.5, n + 2
     centre = (b - c) / m
     half = Z * np.sqrt((b + c) - (b - c) ** 2 / m) / m
-    return Interval(
-        (lost - won) / n, float(centre - half), float(centre + half), "paired Agresti-Min"
-    )
+    low, high = max(-1.0, float(centre - half)), min(1.0, float(centre + half))
+    return Interval((lost - won) / n, low, high, "paired Agresti-Min")
 
 
 def bootstrap_interval(
