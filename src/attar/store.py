@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from platformdirs import user_cache_dir
+from safetensors import SafetensorError
 
 from attar.errors import StorageError
 
@@ -64,17 +65,26 @@ class Store:
             found = self.get(key)
             if found is not None:
                 return found, True
-            work = self.work(key)
-            part = self.root / "parts" / key
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
-            with full_disk_as_error(part):
-                make(part, work)
             folder = self.root / "entries" / key
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            part.rename(folder)
+            with full_disk_as_error(folder):
+                work = self.work(key)
+                with self._part(key) as part:
+                    make(part, work)
+                    folder.parent.mkdir(parents=True, exist_ok=True)
+                    part.rename(folder)
             shutil.rmtree(work, ignore_errors=True)
             return folder, False
+
+    @contextmanager
+    def _part(self, key: str) -> Iterator[Path]:
+        """An empty folder to make an entry in; what is still there afterwards is half an entry."""
+        part = self.root / "parts" / key
+        shutil.rmtree(part, ignore_errors=True)  # what a killed process left
+        part.mkdir(parents=True)
+        try:
+            yield part
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
     @contextmanager
     def _lock(self, key: str) -> Iterator[None]:
@@ -90,12 +100,19 @@ def full_disk_as_error(place: Path) -> Iterator[None]:
     """Turns "no space left" into a sentence."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, SafetensorError) as error:
+        if _is_full(error):
             raise StorageError(
                 f"no room left to write {place}: free some space and go on with --resume"
             ) from error
         raise
+
+
+def _is_full(error: Exception) -> bool:
+    numbers = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError):
+        return error.errno in numbers
+    return any(f"(os error {number})" in str(error) for number in numbers)  # safetensors', in words
 
 
 @contextmanager
