@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from attar.errors import CheckpointError
 from attar.registry import near
 
 
@@ -58,7 +59,7 @@ class Edit(ABC):
         example: tuple[Any, ...],
         dynamic_shapes: tuple[dict[int, Any], ...],
     ) -> nn.Module | None:
-        """The disposable graph to export in the module's stead (a quantized one); most need none."""
+        """The disposable graph to export in the module's stead (a quantized one); `None`: none."""
         return None
 
     def summary(self) -> str:
@@ -67,13 +68,17 @@ class Edit(ABC):
 
 
 def edit_from(record: dict[str, Any], tensors: dict[str, Tensor]) -> Edit:
-    """The edit of `record["kind"]`. Raises `CheckpointError` for a kind this version lacks."""
-    from attar.errors import CheckpointError
-
-    kind = record.get("kind")
+    """The edit of `record["kind"]`. Raises `CheckpointError` for a kind this version lacks, and for
+    a damaged record."""
+    kind = str(record.get("kind") if isinstance(record, dict) else record)
     if kind not in Edit.kinds:
         raise CheckpointError(
-            f"the student has an edit of unknown kind {kind!r}{near(str(kind), list(Edit.kinds))}; "
+            f"the student has an edit of unknown kind {kind!r}{near(kind, list(Edit.kinds))}; "
             "it may come from a newer Attar"
         )
-    return Edit.kinds[kind].from_json(record, tensors)
+    try:
+        return Edit.kinds[kind].from_json(record, tensors)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"the student's record of kind {kind!r} is damaged: {type(error).__name__}: {error}"
+        ) from None

@@ -10,12 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from attar.errors import CheckpointError
 from attar.models.base import ModelSpec
+from attar.store import full_disk_as_error, write_whole
 from attar.student.edits import Edit, edit_from
 from attar.student.student import Student
 
@@ -24,7 +26,8 @@ SCHEMA = 1
 
 def save_student(student: Student, folder: Path) -> None:
     """Writes the student into `folder`, which is made. Tensors that share memory (tied weights)
-    are stored once each under every name, so that loading needs to know nothing of ties."""
+    are stored once each under every name, so that loading needs to know nothing of ties. Raises
+    `StorageError` when the disk is full."""
     folder.mkdir(parents=True, exist_ok=True)
     edits = [{"kind": e.kind, **e.to_json()} for e in student.edits]
     record = {
@@ -40,10 +43,13 @@ def save_student(student: Student, folder: Path) -> None:
     weights = {
         k: v.detach().cpu().contiguous().clone() for k, v in student.module.state_dict().items()
     }
-    save_file(weights, folder / "weights.safetensors")
-    if tensors:
-        save_file(tensors, folder / "edits.safetensors")
-    (folder / "student.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    with full_disk_as_error(folder):
+        save_file(weights, folder / "weights.safetensors")
+        if tensors:
+            save_file(tensors, folder / "edits.safetensors")
+        else:
+            (folder / "edits.safetensors").unlink(missing_ok=True)
+        write_whole(folder / "student.json", json.dumps(record, indent=1) + "\n")
 
 
 def load_student(
@@ -52,13 +58,13 @@ def load_student(
     build: Callable[[ModelSpec], nn.Module],
     module: nn.Module | None = None,
 ) -> Student:
-    """The student saved in `folder`: its network built anew, its edits replayed, its weights loaded.
+    """The student saved in `folder`: network built anew, edits replayed, weights loaded.
 
     build: makes a spec's network, as `attar.models.build` does. module: a fresh network of the
     person's, for a student without a spec; it is changed in place. Raises `CheckpointError`.
     """
     record = _record(folder)
-    spec = ModelSpec(**record["spec"]) if record["spec"] else None
+    spec = _spec(record["spec"], folder)
     if module is None:
         if spec is None:
             raise CheckpointError(
@@ -89,7 +95,17 @@ def _record(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} has schema {record['schema']}; this Attar reads up to {SCHEMA}: upgrade attar"
         )
+    if "spec" not in record or not isinstance(record.get("edits"), list):
+        raise CheckpointError(f"{path} is damaged: it lacks the student's spec or its edits")
     return record
+
+
+def _spec(record: Any, folder: Path) -> ModelSpec | None:
+    try:
+        return None if record is None else ModelSpec.model_validate(record)
+    except ValidationError as error:
+        wrong = ", ".join(".".join(map(str, e["loc"])) or e["msg"] for e in error.errors())
+        raise CheckpointError(f"{folder / 'student.json'}: the spec is damaged: {wrong}") from None
 
 
 def _tensors(path: Path, *, required: bool = True) -> dict[str, Tensor]:
