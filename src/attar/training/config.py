@@ -15,10 +15,10 @@ class Optimizer(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     name: Literal["sgd", "adamw"] = "adamw"
-    lr: float = Field(0.002, gt=0)
+    lr: float = Field(default=0.002, gt=0)
     momentum: Share = 0.9
     nesterov: bool = True
-    weight_decay: float = Field(0.0005, ge=0)
+    weight_decay: float = Field(default=0.0005, ge=0)
 
 
 class Schedule(BaseModel):
@@ -30,7 +30,7 @@ class Schedule(BaseModel):
     warmup: Share = 0.05
     milestones: list[Share] = Field(default_factory=lambda: [0.5, 0.75])
     """For `steps`: where the rate falls, as shares of all steps."""
-    factor: float = Field(0.1, gt=0, lt=1)
+    factor: float = Field(default=0.1, gt=0, lt=1)
     """For `steps`: what it is multiplied by there."""
 
 
@@ -39,15 +39,15 @@ class Training(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    epochs: int = Field(5, ge=1)
-    batch_size: int = Field(128, ge=2)
-    optimizer: Optimizer = Field(default_factory=Optimizer)
-    schedule: Schedule = Field(default_factory=Schedule)
+    epochs: int = Field(default=5, ge=1)
+    batch_size: int = Field(default=128, ge=2)
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
     label_smoothing: Share = 0.0
     ema: Share = 0.0
     """Decay of an exponential moving average of the weights; 0 keeps none. The average is what is
     validated and kept."""
-    clip: float | None = Field(None, gt=0)
+    clip: float | None = Field(default=None, gt=0)
     """Largest gradient norm; longer gradients are scaled down to it."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """`auto`: bfloat16 on a GPU or a CPU that computes it natively, else float32."""

@@ -19,7 +19,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     modes = [(m, m.training) for m in module.modules()]
     module.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference_mode: what a network caches must stay trainable
             yield
     finally:
         for m, mode in modes:
@@ -37,7 +37,12 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with its tensors on `device`."""
     if device.type == "cpu":
         return batch
-    return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in batch))
+    targets = None if batch.targets is None else batch.targets.to(device, non_blocking=True)
+    return Batch(
+        batch.inputs.to(device, non_blocking=True),
+        targets,
+        batch.indices.to(device, non_blocking=True),
+    )
 
 
 def outputs_of(
@@ -45,10 +50,11 @@ def outputs_of(
 ) -> Iterator[tuple[torch.Tensor, Batch]]:
     """The logits of every batch, in the split's order, as float32 on the CPU."""
     device = device_of(module)
-    with evaluating(module):
-        for batch in split.batches(batch_size):
-            args, kwargs = task.arguments(to_device(batch, device))
-            yield task.logits(module(*args, **kwargs)).float().cpu(), batch
+    for batch in split.batches(batch_size):
+        args, kwargs = task.arguments(to_device(batch, device))
+        with evaluating(module):  # not around the loop: what is between two batches is the caller's
+            logits = task.logits(module(*args, **kwargs)).float().cpu()
+        yield logits, batch
 
 
 def statistics_of(

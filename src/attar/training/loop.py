@@ -11,18 +11,19 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from attar.data.base import Batch, Data
-from attar.errors import TrainingError
+from attar.errors import CheckpointError, TrainingError
 from attar.events import Listener, silent
 from attar.tasks.base import Task
 from attar.training.checkpoint import load_checkpoint_state, save_checkpoint
 from attar.training.config import Optimizer, Training
 from attar.training.evaluation import statistics_of, to_device
 from attar.training.objective import Objective
-from attar.training.precision import mixed_precision
+from attar.training.precision import autocast
 from attar.training.schedules import rate_factor
 
 Hook = Callable[[nn.Module], None]
@@ -64,7 +65,8 @@ def train(
 
     before_step, after_step: called with the module around every optimizer step, with gradients
         computed; they keep a student's constraints. on_epoch: called before each epoch.
-    Raises `TrainingError` when the loss is no longer a number.
+    Raises `TrainingError` when the loss is no longer a number, `CheckpointError` for a checkpoint
+    that is damaged or another training's.
 
     Example:
         >>> train(net, data=data, task=task, training=Training(epochs=2),
@@ -73,13 +75,13 @@ def train(
     run = _Run(module, data, task, training, objective, seed, label)
     run.restore(checkpoint)
     for epoch in range(run.epoch, training.epochs):
+        torch.manual_seed(_derived_seed(seed, label, epoch))
         if on_epoch is not None:
             on_epoch(module, epoch)
         started = time.perf_counter()
-        torch.manual_seed(_derived_seed(seed, label, epoch))
         objective.start_epoch(epoch, training.epochs)
         terms = run.one_epoch(epoch, before_step, after_step, tell)
-        run.finish_epoch(epoch, terms, time.perf_counter() - started, tell)
+        run.finish_epoch(epoch, terms, time.perf_counter() - started, after_step, tell)
         if checkpoint is not None and run.accelerator.is_main_process:
             save_checkpoint(run.state(), checkpoint)
     return run.hand_back()
@@ -104,7 +106,8 @@ class _Run:
         self.epoch = 0
         self.best: dict[str, Tensor] | None = None
         self.best_value = math.nan
-        self.accelerator = Accelerator(mixed_precision=mixed_precision(training.precision))
+        # Accelerate joins processes without a GPU only when it is told that there is none
+        self.accelerator = Accelerator(cpu=not torch.accelerator.is_available())
         if uses_convolutions(module):
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         step = Step(module, objective)
@@ -117,7 +120,7 @@ class _Run:
             if training.ema
             else None
         )
-        self.steps = max(1, _count_steps(data, training, self.accelerator.num_processes))
+        self.steps = max(1, _count_steps(data, training))
 
     def batches(self, epoch: int) -> Iterator[Batch]:
         for batch in self.data.train.batches(
@@ -141,8 +144,8 @@ class _Run:
         totals: dict[str, Tensor] = {}
         count, told = 0, time.perf_counter()
         for index, batch in enumerate(self.batches(epoch)):
-            self._set_rate(epoch + index / self.steps)
-            with self.accelerator.autocast():
+            self._set_rate(epoch + min(1.0, (index + 0.5) / self.steps))
+            with autocast(self.training.precision, self.accelerator.device):
                 terms = self.step(batch)
                 loss = torch.stack(tuple(terms.values())).sum()
             self.accelerator.backward(loss)
@@ -164,13 +167,22 @@ class _Run:
                 self._progress(epoch, index, loss, tell)
         if not count:
             raise TrainingError(f"{self.label}: the training split gave no batch")
-        means = {name: float(total) / count for name, total in totals.items()}
+        everyone = self.accelerator.reduce(totals, reduction="mean")
+        means = {name: float(total) / count for name, total in everyone.items()}
         self._require_finite(sum(means.values()), epoch)
         return means
 
     def finish_epoch(
-        self, epoch: int, terms: dict[str, float], seconds: float, tell: Listener
+        self,
+        epoch: int,
+        terms: dict[str, float],
+        seconds: float,
+        after: Hook | None,
+        tell: Listener,
     ) -> None:
+        if self.average is not None and after is not None:
+            after(self.average.module)  # a mean of networks that keep a promise may break it
+        self._share_buffers()
         value = self.task.value(statistics_of(self.candidate, self.data.validation, self.task))
         better = self.best is None or self._improves(value)
         if better or self.training.keep == "last":
@@ -209,6 +221,7 @@ class _Run:
 
     def state(self) -> dict[str, Any]:
         return {
+            "training": self.training.model_dump(),
             "epoch": self.epoch,
             "step": self.accelerator.unwrap_model(self.step).state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -223,12 +236,28 @@ class _Run:
         state = load_checkpoint_state(checkpoint) if checkpoint is not None else None
         if state is None:
             return
-        self.accelerator.unwrap_model(self.step).load_state_dict(state["step"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        self.epoch, self.best = state["epoch"], state["best"]
-        self.best_value, self.history = state["best_value"], state["history"]
+        try:
+            if state["training"] != self.training.model_dump():
+                raise ValueError("its settings differ")
+            self.accelerator.unwrap_model(self.step).load_state_dict(state["step"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.average is not None:
+                self.average.load_state_dict(state["average"])
+            self.epoch, self.best = state["epoch"], state["best"]
+            self.best_value, self.history = state["best_value"], state["history"]
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise CheckpointError(
+                f"the checkpoint {checkpoint} is another training's ({reason}): delete it to start "
+                "this one, or give this one a file of its own"
+            ) from None
+
+    def _share_buffers(self) -> None:
+        """Gives every process the first one's running statistics: each saw other examples, and all
+        must judge and keep the same network."""
+        if self.accelerator.num_processes > 1:
+            for buffer in self.candidate.buffers():
+                broadcast(buffer)
 
     def _set_rate(self, epochs_done: float) -> None:
         progress = epochs_done / self.training.epochs
@@ -260,6 +289,8 @@ class _Run:
             )
 
     def _improves(self, value: float) -> bool:
+        if math.isnan(self.best_value):
+            return not math.isnan(value)
         if self.task.metric.higher_is_better:
             return value > self.best_value
         return value < self.best_value
@@ -284,7 +315,7 @@ def uses_convolutions(module: nn.Module) -> bool:
     return any(isinstance(m, nn.Conv2d) for m in module.modules())
 
 
-def _count_steps(data: Data, training: Training, processes: int) -> int:
+def _count_steps(data: Data, training: Training) -> int:
     examples = len(data.train)
     if examples <= training.batch_size:
         return 1

@@ -19,8 +19,11 @@ def computes_bfloat16() -> bool:
         return False
 
 
-def mixed_precision(precision: str) -> str:
-    """Accelerate's word for a recipe's `precision`: `bf16` or `no`."""
-    if precision == "auto":
-        return "bf16" if computes_bfloat16() else "no"
-    return "bf16" if precision == "bfloat16" else "no"
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """What a step computes in, for a recipe's `precision`.
+
+    Accelerate's own mixed precision can't change within a process, and trainings of one recipe may
+    differ in theirs.
+    """
+    wanted = precision == "bfloat16" or (precision == "auto" and computes_bfloat16())
+    return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
