@@ -1,11 +1,11 @@
 """Distillation: criteria between a student and its teacher, and what they need to work.
 
-Works without a recipe: a criterion is a module that is called with two signals, `Capture` reads
-inner layers of any network, and `DistillObjective` joins the losses.
+Works without a recipe: a criterion (a file each in `criteria`) is a module that is called with two
+signals, `Capture` reads inner layers of any network, and `DistillObjective` joins the losses.
 """
 
 from attar.distill.capture import Capture
-from attar.distill.criterion import Criterion, criteria
+from attar.distill.criterion import Criterion
 from attar.distill.objective import DistillObjective
 from attar.distill.recovery import recovery_objective
 from attar.distill.signal import Signal, Source
@@ -18,6 +18,5 @@ __all__ = [
     "Signal",
     "Source",
     "Teacher",
-    "criteria",
     "recovery_objective",
 ]

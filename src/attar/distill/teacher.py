@@ -83,8 +83,9 @@ class Teacher:
         """Chooses the form to answer in from now on, by trying each on this batch.
 
         A form is refused unless its answers are within `LARGEST_ERROR`, `LARGEST_SHIFT` and
-        `LEAST_AGREEMENT` of the original's. The choice is remembered for this network, batch shape and machine, so that
-        a training that is repeated or resumed has the same teacher to the last bit.
+        `LEAST_AGREEMENT` of the original's. The choice is remembered for this network, batch shape
+        and machine, so that a training that is repeated or resumed has the same teacher to the last
+        bit.
         """
         self._form = original = self._make(Original, batch)
         if self._calls is not None and self._calls < FEW_CALLS:
