@@ -142,12 +142,8 @@ def _exported(
 
 def _prunable(student: Student, example: tuple[torch.Tensor, ...]) -> dict[str, Any]:
     graph = channel_graph(student.module, tuple(x[:1] for x in example))
-    widths = sum(len(p.atoms) for p in graph.producers)
-    return {
-        "channels": len(graph.prunable()),
-        "of": widths,
-        "kept_whole": graph.kept_whole(),
-    }
+    channels, of = graph.counts()
+    return {"channels": channels, "of": of, "kept_whole": graph.kept_whole()}
 
 
 def _said(attempt: Any) -> dict[str, Any]:
