@@ -136,6 +136,17 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str, said: st
     assert said in wrong(tmp_path, text)
 
 
+def test_words_stay_words_and_numbers_numbers(tmp_path: Path) -> None:
+    recipe = load_recipe(
+        written(tmp_path, WHOLE),
+        ["stages=[{quantize: {fallback: off}}]", "data.classes=[no, yes]", "data.download=true"],
+    )
+    assert recipe.stages[0].fallback == "off"  # type: ignore[attr-defined]
+    assert recipe.data.classes == ["no", "yes"]
+    assert recipe.data.download is True
+    assert load_recipe(written(tmp_path, dump_recipe(recipe), "b.yaml")).stages == recipe.stages
+
+
 def test_a_recipe_that_is_not_there_names_a_near_one() -> None:
     with pytest.raises(RecipeError, match="did you mean 'digits'"):
         load_recipe("digit")

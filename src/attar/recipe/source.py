@@ -180,7 +180,13 @@ def readable(place: Place) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which `1e-3` is a number, and a key said twice is an error."""
+    """YAML in which `1e-3` is a number, `off`, `no` and `yes` are words, and a key said twice is an
+    error."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - as the base class has it
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -193,6 +199,9 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("[Tt]rue|[Ff]alse|TRUE|FALSE"), list("tTfF")
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(?:\.\d*)?[eE][-+]?\d+"), list("-+0123456789")
 )
