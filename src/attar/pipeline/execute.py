@@ -21,7 +21,7 @@ from attar.measure.machine import environment, package_version
 from attar.measure.memory import session_memory_mb
 from attar.pipeline.budget import judge
 from attar.pipeline.details import details_of
-from attar.pipeline.job import Job, Origin
+from attar.pipeline.job import Job, Origin, content_of
 from attar.pipeline.result import Run
 from attar.pipeline.rows import (
     Row,
@@ -160,6 +160,7 @@ class _Execution:
             student=key,
             stage=stage.name,
             settings=stage.model_dump(mode="json"),
+            files=[content_of(path).hex() for path in stage.files],
             teacher=teacher_key,
             budget=job.budget.max_drop if stage.searches else None,
             deploy=deploy,

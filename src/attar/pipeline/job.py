@@ -131,11 +131,12 @@ def _named_origin(network: Network, data: Data, trusted: Trust) -> Origin:
     checkpoint = Path(network.checkpoint) if network.checkpoint else None
     digest = hashlib.sha256(spec.model_dump_json(exclude={"library"}).encode())
     if checkpoint is not None:
-        digest.update(_content(checkpoint))
+        digest.update(content_of(checkpoint))
     return Origin(key=digest.hexdigest()[:32], spec=spec, checkpoint=checkpoint)
 
 
-def _content(path: Path) -> bytes:
+def content_of(path: Path) -> bytes:
+    """The SHA-256 of a file of weights. Raises `CheckpointError` if it can't be read."""
     from attar.errors import CheckpointError
 
     try:

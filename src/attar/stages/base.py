@@ -118,6 +118,11 @@ class Stage(BaseModel):
     """Whether its result depends on the deploy target (on latencies measured there)."""
 
     @property
+    def files(self) -> list[Path]:
+        """Files that its result depends on; they are part of what results are stored by."""
+        return []
+
+    @property
     def searches(self) -> bool:
         """Whether its result depends on the budget."""
         return any(getattr(self, field) == "auto" for field in self.searched)

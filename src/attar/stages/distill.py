@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import torch
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from torch import nn
 
+from attar.data.base import Data
 from attar.distill.criterion import Criterion, criterion_class, written
 from attar.distill.objective import DistillObjective
 from attar.distill.teacher import Teacher
 from attar.errors import UsageError
+from attar.models import build, load_checkpoint, resolve
 from attar.stages.base import Context, Stage, stages
 from attar.student import Student
 from attar.training.config import Training
@@ -22,6 +26,31 @@ BESIDE_ANSWERS = 0.1
 "a considerably lower weight" on the labels); beside others it weighs 1."""
 
 Written = Annotated[dict[str, dict[str, Any]], BeforeValidator(written)]
+
+
+class Mentor(BaseModel):
+    """A network to learn from that is not the recipe's teacher: a model's name, its arguments, and
+    where its weights are (`checkpoint`, unless the library brings them)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    checkpoint: str | None = None
+
+    def load(self, data: Data) -> nn.Module:
+        """The network with its weights. Raises the `AttarError` of what is missing or wrong."""
+        spec = resolve(
+            self.model,
+            self.arguments,
+            channels=data.shape[0] if data.shape else None,
+            classes=len(data.classes) or None,
+            shape=data.shape,
+        )
+        module = build(spec, pretrained=self.checkpoint is None)
+        if self.checkpoint is not None:
+            load_checkpoint(module, self.checkpoint)
+        return module.eval()
 
 
 @stages.register("distill")
@@ -51,13 +80,22 @@ class Distill(Stage, Training):
             raise ValueError("distill teaches by at least one criterion, such as kd")
         return criteria
 
+    teacher: Mentor | None = None
+    """Who teaches this stage; default: the recipe's teacher, which drops are counted from."""
+
+    @property
+    def files(self) -> list[Path]:
+        checkpoint = self.teacher.checkpoint if self.teacher is not None else None
+        return [Path(checkpoint)] if checkpoint else []
+
     def apply(self, student: Student, run: Context) -> Student:
-        if run.teacher is None:
+        mentor = self.teacher.load(run.data) if self.teacher is not None else run.teacher
+        if mentor is None:
             raise UsageError("distill needs a teacher, and this recipe gives it none here")
         criteria = self._built()
         examples, size = len(run.data.train), self.batch_size
         teacher = Teacher(
-            run.teacher,
+            mentor,
             run.task,
             layers=[path for one in criteria.values() for path in one.teacher_layers],
             calls=self.epochs * math.ceil(examples / size),
