@@ -58,6 +58,13 @@ def test_the_resolved_recipe_reads_back_equal(tmp_path: Path) -> None:
     assert dump_recipe(load_recipe(written(tmp_path, text, "again.yaml"))) == text
 
 
+@pytest.mark.parametrize("allowed", ["0.5%", "50%", "0%", "33.333%", 0.005])
+def test_every_allowed_drop_reads_back(tmp_path: Path, allowed: object) -> None:
+    recipe = load_recipe(written(tmp_path, WHOLE), [f"budget.max_drop={allowed}"])
+    again = load_recipe(written(tmp_path, dump_recipe(recipe), "again.yaml"))
+    assert again.budget == recipe.budget
+
+
 @pytest.mark.parametrize(
     "name", ["digits", "mnist", "cifar10-cnn", "cifar10-resnet56", "pneumonia"]
 )

@@ -61,12 +61,10 @@ def validated(source: Source) -> Recipe:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML, every default written out; reading it gives an equal recipe."""
-    return yaml.safe_dump(
-        recipe.model_dump(mode="json", by_alias=True),
-        sort_keys=False,
-        allow_unicode=True,
-        width=100,
-    )
+    record = recipe.model_dump(mode="json", by_alias=True)
+    if (share := recipe.budget.max_drop) is not None:
+        record["budget"]["max_drop"] = f"{100 * share:.12g}%"
+    return yaml.safe_dump(record, sort_keys=False, allow_unicode=True, width=100)
 
 
 def presets() -> dict[str, str]:
