@@ -175,7 +175,9 @@ class _Progress:
     def words(self) -> str:
         if self._share is None:
             return ""
-        parts = [self._label, self._epoch, f"loss {self._loss:.4f}"]
+        parts = [self._label, self._epoch]
+        if self._loss is not None:
+            parts.append(f"loss {self._loss:.4f}")
         if self._metric:
             unit = self._metric.get("unit", "fraction")
             parts.append(f"{self._metric['name']} {numbers.metric(self._metric['value'], unit)}")

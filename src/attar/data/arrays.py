@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -42,6 +43,7 @@ class ArraySplit:
         std: Sequence[float],
         rows: Tensor | None = None,
         augmentation: Augmentation | None = None,
+        views: int | None = None,
     ) -> None:
         if len(images) != len(targets):
             raise DataError(f"{name} has {len(images):,} images and {len(targets):,} labels")
@@ -50,6 +52,7 @@ class ArraySplit:
         self.rows = torch.arange(len(images)) if rows is None else rows
         self.targets = targets[self.rows]
         self.augmentation = augmentation
+        self._views = views
         scale = 1 / 255 if images.dtype == torch.uint8 else 1.0
         spread = torch.tensor(std, dtype=torch.float64)
         self._factor = (scale / spread).float().view(1, -1, 1, 1)
@@ -57,6 +60,13 @@ class ArraySplit:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def with_views(self, views: int) -> ArraySplit:
+        """The same examples in `views` augmentations each: epoch `e` draws as epoch `e % views`
+        does, in an order of its own. What is known of those views need be computed only once."""
+        repeated = copy.copy(self)
+        repeated._views = views
+        return repeated
 
     def batches(
         self,
@@ -73,7 +83,8 @@ class ArraySplit:
         """See `attar.data.base.Split`. A rank whose share of the last batch is empty skips it."""
         change = None
         if augment and self.augmentation:
-            change = self.augmentation.start(len(self), seed, epoch)
+            draw = epoch % self._views if self._views else epoch
+            change = self.augmentation.start(len(self), seed, draw)
         order = visiting_order(len(self), shuffle=shuffle, seed=seed, epoch=epoch)
         for indices in shares(order, batch_size, drop_last=drop_last, rank=rank, world=world):
             pixels = self.images.index_select(0, self.rows[indices])

@@ -70,6 +70,9 @@ class DistillObjective(Objective):
                 criterion.prepare(own, wanted)
                 criterion(own, wanted, batch)
 
+    def start_epoch(self, epoch: int, epochs: int) -> None:
+        self._teacher.start_epoch(epoch)
+
     def forward(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         if not self._settled:
             self._teacher.settle(batch)

@@ -34,3 +34,7 @@ class Source(Protocol):
     def settle(self, batch: Batch) -> None:
         """Told once, with the first real batch, before a training: time to get ready to be fast."""
         ...
+
+    def start_epoch(self, epoch: int) -> None:
+        """Told before each epoch of a training, counted from 0."""
+        ...

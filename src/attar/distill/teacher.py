@@ -79,6 +79,9 @@ class Teacher:
             self._form = self._make(Original, batch)
         return self._form(batch)
 
+    def start_epoch(self, epoch: int) -> None:
+        """A live teacher answers to whatever it is shown."""
+
     def settle(self, batch: Batch) -> None:
         """Chooses the form to answer in from now on, by trying each on this batch.
 

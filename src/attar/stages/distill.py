@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -10,9 +11,12 @@ import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 from torch import nn
 
+from attar.data.arrays import ArraySplit
 from attar.data.base import Data
 from attar.distill.criterion import Criterion, criterion_class, written
 from attar.distill.objective import DistillObjective
+from attar.distill.signal import Source
+from attar.distill.stored import StoredTeacher
 from attar.distill.teacher import Teacher
 from attar.errors import UsageError
 from attar.models import build, load_checkpoint, resolve
@@ -20,7 +24,9 @@ from attar.stages.base import Context, Stage, stages
 from attar.student import Student
 from attar.training.config import Training
 from attar.training.evaluation import device_of, to_device
+from attar.training.loop import augmentation_seed
 
+LABEL = "distill"
 BESIDE_ANSWERS = 0.1
 """What the task's own loss weighs beside criteria that teach the answers too (Hinton et al. 2015:
 "a considerably lower weight" on the labels); beside others it weighs 1."""
@@ -83,6 +89,11 @@ class Distill(Stage, Training):
     teacher: Mentor | None = None
     """Who teaches this stage; default: the recipe's teacher, which drops are counted from."""
 
+    views: int | None = Field(None, ge=1)
+    """Ask the teacher once about this many augmentations of each example and keep its answers; the
+    epochs then go through these views in turn, at the student's cost alone. Default: a live
+    teacher, and new augmentations every epoch."""
+
     @property
     def files(self) -> list[Path]:
         checkpoint = self.teacher.checkpoint if self.teacher is not None else None
@@ -93,17 +104,22 @@ class Distill(Stage, Training):
         if mentor is None:
             raise UsageError("distill needs a teacher, and this recipe gives it none here")
         criteria = self._built()
+        layers = [path for one in criteria.values() for path in one.teacher_layers]
         examples, size = len(run.data.train), self.batch_size
+        passes = self.views or self.epochs
         teacher = Teacher(
             mentor,
             run.task,
-            layers=[path for one in criteria.values() for path in one.teacher_layers],
-            calls=self.epochs * math.ceil(examples / size),
+            layers=layers,
+            calls=passes * math.ceil(examples / size),
             tell=run.tell,
         )
+        source: Source = teacher
+        if self.views is not None:
+            source, run = self._stored(teacher, layers, run)
         objective = DistillObjective(
             run.task,
-            teacher,
+            source,
             criteria,
             task_weight=self._task_weight(criteria),
             label_smoothing=self.label_smoothing,
@@ -112,9 +128,32 @@ class Distill(Stage, Training):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)  # the adapters' initial weights
             objective.prepare(student.module, to_device(batch, device_of(student.module)))
-        trained = run.train(student, self._training(), objective, label="distill")
+        trained = run.train(student, self._training(), objective, label=LABEL)
         run.found["teacher"] = teacher.choice
         return trained
+
+    def _stored(
+        self, teacher: Teacher, layers: list[str], run: Context
+    ) -> tuple[StoredTeacher, Context]:
+        """The teacher's stored answers, and the context whose training split repeats its views."""
+        assert self.views is not None
+        if layers:
+            raise UsageError(
+                f"distill: `views` keeps the teacher's answers, not its inner layer {layers[0]!r}: "
+                "leave `views` out, or the criteria on inner layers"
+            )
+        if not isinstance(run.data.train, ArraySplit):
+            raise UsageError("distill: `views` needs examples that Attar holds in memory")
+        split = run.data.train.with_views(self.views)
+        stored = StoredTeacher(
+            teacher,
+            split,
+            views=self.views,
+            seed=augmentation_seed(run.seed, LABEL),
+            folder=run.work / "answers",
+            tell=run.tell,
+        )
+        return stored, replace(run, data=replace(run.data, train=split))
 
     def _built(self) -> dict[str, Criterion]:
         """The criteria by what their terms are called; a name that comes again gets a number."""

@@ -127,7 +127,7 @@ class _Run:
             self.training.batch_size,
             shuffle=True,
             augment=True,
-            seed=_derived_seed(self.seed, self.label, 0),
+            seed=augmentation_seed(self.seed, self.label),
             epoch=epoch,
             drop_last=len(self.data.train) > self.training.batch_size,
             rank=self.accelerator.process_index,
@@ -320,6 +320,11 @@ def _count_steps(data: Data, training: Training) -> int:
     if examples <= training.batch_size:
         return 1
     return examples // training.batch_size
+
+
+def augmentation_seed(seed: int, label: str) -> int:
+    """What the training called `label` draws its order and augmentation by."""
+    return _derived_seed(seed, label, 0)
 
 
 def _derived_seed(seed: int, label: str, epoch: int) -> int:
