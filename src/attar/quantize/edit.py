@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
 
-from attar.errors import CheckpointError, UsageError
-from attar.quantize.cpu import safe_on
-from attar.quantize.graph import capture, pad_integers
-from attar.quantize.observers import ActivationHistogram, Grid, PerChannelWeight
+from attar.errors import CheckpointError
+from attar.quantize.cpu import safe_on, weight_bits
 from attar.student import Edit
 
 
@@ -23,12 +20,13 @@ class Scheme:
     """What is quantized, and how.
 
     runtime: whose kernels the graph is made for. weight_bits: 8, or 7 for processors whose 8-bit
-    products overflow. float_layers: paths of modules that stay float with all inside them; `*`
-    stands for anything. observer, calibration: how the grids were chosen, from how many examples.
+    products overflow; by default, as this one needs. float_layers: paths of modules that stay
+    float with all inside them; `*` means everything. observer, calibration: how the grids were
+    chosen, from how many examples.
     """
 
     runtime: str = "onnxruntime"
-    weight_bits: int = 8
+    weight_bits: int = field(default_factory=lambda: weight_bits("auto"))
     float_layers: tuple[str, ...] = ()
     observer: str = "mse"
     calibration: int = 0
@@ -102,15 +100,17 @@ class Quantized(Edit):
         """
         if self.scheme.all_float:
             return None
+        from attar.quantize.pt2e import convert, grids_of, prepare
+
         prepared = prepare(module, example, dynamic_shapes, self.scheme)
-        grids = observers(prepared)
+        grids = grids_of(prepared)
         if missing := grids.keys() ^ self.grids.keys():
             raise CheckpointError(
                 f"the network's graph is not the one that was quantized: {min(missing)} is in one "
                 "of them only; quantize the student again with the versions installed now"
             )
-        for key, observer in grids.items():
-            observer.fix(*self.grids[key])
+        for key, grid in grids.items():
+            grid.fix(*self.grids[key])
         return convert(prepared)
 
     def summary(self) -> str:
@@ -120,47 +120,6 @@ class Quantized(Edit):
         bits = self.scheme.weight_bits
         text = f"int8, {bits}-bit weights (safe on {safe_on(bits)})"
         return text + (f", {kept} layers stay float" if kept else "")
-
-
-def prepare(
-    module: nn.Module,
-    example: tuple[Any, ...],
-    dynamic_shapes: tuple[dict[int, Any], ...],
-    scheme: Scheme,
-) -> GraphModule:
-    """The network's graph with an observer at every tensor that the runtime wants on a grid."""
-    from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
-
-    if scheme.runtime != "onnxruntime":
-        raise UsageError(
-            f"int8 graphs are made for the runtime onnxruntime, not {scheme.runtime!r}"
-        )
-    from attar.runtimes.onnxruntime_quantizer import OnnxRuntimeQuantizer
-
-    graph = capture(module, example, dynamic_shapes)
-    quantizer = OnnxRuntimeQuantizer(
-        activation=ActivationHistogram.with_args(clip=scheme.observer),
-        weight=PerChannelWeight.with_args(),
-        weight_bits=scheme.weight_bits,
-        float_layers=scheme.float_layers,
-    )
-    with torch.no_grad():
-        return prepare_pt2e(graph, quantizer)
-
-
-def convert(prepared: GraphModule) -> GraphModule:
-    """The graph on the grids its observers hold: quantize and dequantize nodes in their stead."""
-    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
-
-    with torch.no_grad():
-        graph = convert_pt2e(prepared)
-    pad_integers(graph)
-    return graph
-
-
-def observers(prepared: GraphModule) -> dict[str, Grid]:
-    """The observers of a prepared graph, by key."""
-    return {m.key: m for m in prepared.modules() if isinstance(m, Grid)}
 
 
 def quantized_reference(

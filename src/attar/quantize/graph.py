@@ -10,8 +10,11 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from attar.errors import ExportError
+from attar.runtimes.aten import argument, constant, is_constant, module_path, operator, rank
 
-IDENTITIES = {"dropout", "alias", "contiguous", "clone", "detach", "feature_dropout", "lift_fresh"}
+IDENTITIES = {"dropout", "feature_dropout", "alias", "detach", "lift_fresh"}
+VIEWS = {"slice", "select", "view", "reshape", "transpose", "permute", "narrow", "flatten"}
+FOLDABLE = {"conv1d", "conv2d", "conv3d", "linear"}
 
 
 def capture(
@@ -34,11 +37,12 @@ def capture(
         raise ExportError(
             f"can't trace {type(module).__name__} to quantize it: {reason}"
         ) from error
-    graph = program.module(check_guards=False)
+    graph: GraphModule = program.module(check_guards=False)
     _functional(graph)
-    _drop_identities(graph)
     for node in list(graph.graph.nodes):
-        if _operator(node) in ("batch_norm", "cudnn_batch_norm"):
+        if operator(node) in IDENTITIES:
+            _replace(node, argument(node))
+        elif operator(node) == "batch_norm" and is_constant(argument(node, 3)):
             _fold(graph, node)
     graph.graph.eliminate_dead_code()
     graph.recompile()
@@ -49,145 +53,148 @@ def pad_integers(graph: GraphModule) -> None:
     """Zero padding between equal grids, done on the integers (with the zero point): runtimes leave
     such a padding in float, with a conversion on either side."""
     for pad in list(graph.graph.nodes):
-        if _operator(pad) not in ("pad", "constant_pad_nd"):
+        before, after = argument(pad), next(iter(pad.users), None)
+        if operator(pad) not in ("pad", "constant_pad_nd") or after is None:
             continue
-        before, after = pad.args[0], next(iter(pad.users), None)
-        if _operator(before) != "dequantize_per_tensor" or after is None:
+        if operator(before) != "dequantize_per_tensor" or operator(after) != "quantize_per_tensor":
             continue
-        if _operator(after) != "quantize_per_tensor" or before.args[1:] != after.args[1:]:
+        if before.args[1:] != after.args[1:]:
             continue
-        integers, zero = before.args[0], before.args[2]
+        integers, zero = argument(before), argument(before, 2)
         with graph.graph.inserting_before(pad):
             padded = graph.graph.call_function(
-                torch.ops.aten.constant_pad_nd.default, (integers, pad.args[1], zero)
+                torch.ops.aten.constant_pad_nd.default, (integers, argument(pad, 1), zero)
             )
-        after.replace_all_uses_with(padded)
-        graph.graph.erase_node(after)
+        _replace(after, padded)
     graph.graph.eliminate_dead_code()
     graph.recompile()
 
 
-def _operator(node: Node) -> str:
-    packet = getattr(node.target, "overloadpacket", None) if node.op == "call_function" else None
-    return packet.__name__ if packet is not None else ""
+def _replace(node: Node, by: Node) -> None:
+    node.replace_all_uses_with(by)
+    node.graph.erase_node(node)
 
 
 def _functional(graph: GraphModule) -> None:
     """In-place operators as ordinary ones, whose result is read by all that came after them."""
-    order = {node: i for i, node in enumerate(graph.graph.nodes)}
+    order = {node: place for place, node in enumerate(graph.graph.nodes)}
     for node in graph.graph.nodes:
-        name = _operator(node)
-        if not name.endswith("_") or name.startswith("_"):
-            continue
+        name = operator(node)
+        plain = getattr(torch.ops.aten, name[:-1], None) if name.endswith("_") else None
         overload = getattr(node.target, "_overloadname", "default")
-        plain = getattr(torch.ops.aten, name.rstrip("_"), None)
-        changed = node.args[0]
-        if plain is None or overload not in plain.overloads() or not isinstance(changed, Node):
+        if plain is None or overload not in plain.overloads() or _seen_elsewhere(argument(node)):
             continue
         node.target = getattr(plain, overload)
-        later = lambda user, after=order[node]: order[user] > after  # noqa: E731
-        changed.replace_all_uses_with(node, later)
+        after = order[node]
+        argument(node).replace_all_uses_with(node, lambda user, after=after: order[user] > after)
 
 
-def _drop_identities(graph: GraphModule) -> None:
-    for node in list(graph.graph.nodes):
-        if _operator(node) in IDENTITIES and isinstance(node.args[0], Node):
-            node.replace_all_uses_with(node.args[0])
-            graph.graph.erase_node(node)
+def _seen_elsewhere(changed: Node) -> bool:
+    """Whether what is changed is a view of something that others read."""
+    while operator(changed) in VIEWS:
+        changed = argument(changed)
+        if len(changed.users) > 1:
+            return True
+    return False
 
 
 def _fold(graph: GraphModule, norm: Node) -> None:
     factor, offset = _affine(graph, norm)
-    layer = norm.args[0]
-    assert isinstance(layer, Node)
-    if _takes(graph, layer, norm):
-        weight = _constant(graph, layer.args[1])
-        shape = [-1] + [1] * (weight.dim() - 1)
-        shift = offset
-        if len(layer.args) > 2 and layer.args[2] is not None:
-            shift = offset + _constant(graph, layer.args[2]).double() * factor
-        name = str(layer.args[1].target)  # type: ignore[union-attr]
-        _set_layer(graph, layer, name, weight.double() * factor.reshape(shape), shift)
-        layer.meta["val"] = norm.meta.get("val")
-        norm.replace_all_uses_with(layer)
-        graph.graph.erase_node(norm)
-    else:
-        _as_convolution(graph, norm, factor, offset)
+    layer = argument(norm)
+    if not _takes(layer, norm):
+        _as_layer(graph, norm, factor, offset)
+        return
+    weight = constant(graph, argument(layer, 1)).double()
+    if argument(layer, 2) is not None:
+        offset = offset + constant(graph, argument(layer, 2)).double() * factor
+    weight = weight * factor.reshape(-1, *[1] * (weight.dim() - 1))
+    _set_constants(graph, layer, norm, weight, offset)
+    _replace(norm, layer)
 
 
-def _takes(graph: GraphModule, layer: Node, norm: Node) -> bool:
+def _takes(layer: Node, norm: Node) -> bool:
     """Whether the batch norm may be folded into what comes before it."""
-    name = _operator(layer)
-    value = layer.meta.get("val")
-    fits = name in ("conv1d", "conv2d", "conv3d") or (name == "linear" and value.dim() == 2)
-    if not fits or list(layer.users) != [norm]:
-        return False
+    same_axis = operator(layer) != "linear" or rank(layer) == 2
     constants = [a for a in layer.args[1:3] if a is not None]
-    return all(isinstance(a, Node) and a.op == "get_attr" for a in constants)
+    return (
+        operator(layer) in FOLDABLE
+        and same_axis
+        and list(layer.users) == [norm]
+        and all(map(is_constant, constants))
+    )
 
 
 def _affine(graph: GraphModule, norm: Node) -> tuple[Tensor, Tensor]:
     """An evaluating batch norm as `factor · x + offset`, float64 (channels,)."""
-    _, weight, bias, mean, variance, _, _, eps = norm.args[:8]
-    mean, variance = _constant(graph, mean), _constant(graph, variance)
-    factor = (variance.double() + eps).rsqrt()  # type: ignore[operator]
-    if weight is not None:
-        factor = factor * _constant(graph, weight).double()
-    offset = -mean.double() * factor
-    if bias is not None:
-        offset = offset + _constant(graph, bias).double()
+    mean, variance = (constant(graph, argument(norm, i)).double() for i in (3, 4))
+    factor = (variance + argument(norm, 7)).rsqrt()
+    if argument(norm, 1) is not None:
+        factor = factor * constant(graph, argument(norm, 1)).double()
+    offset = -mean * factor
+    if argument(norm, 2) is not None:
+        offset = offset + constant(graph, argument(norm, 2)).double()
     return factor, offset
 
 
-def _as_convolution(graph: GraphModule, norm: Node, factor: Tensor, offset: Tensor) -> None:
-    """One weight a channel, which its grid holds exactly; plain arithmetic on (N, channels)."""
-    spatial = norm.meta["val"].dim() - 2
+def _as_layer(graph: GraphModule, norm: Node, factor: Tensor, offset: Tensor) -> None:
+    """A convolution with one weight a channel, which its grid holds exactly; arithmetic where there
+    is nothing to convolve, on (N, channels)."""
+    spatial = rank(norm) - 2
     if not spatial:
-        _as_arithmetic(graph, norm, factor, offset)
+        scaled = _arithmetic(graph, norm, torch.ops.aten.mul, argument(norm), factor)
+        _replace(norm, _arithmetic(graph, norm, torch.ops.aten.add, scaled, offset))
         return
-    source = norm.args[0]
     convolve = getattr(torch.ops.aten, f"conv{spatial}d").default
     one, none = [1] * spatial, [0] * spatial
     with graph.graph.inserting_before(norm):
         layer = graph.graph.call_function(
-            convolve, (source, None, None, one, none, one, len(factor))
+            convolve, (argument(norm), None, None, one, none, one, len(factor))
         )
     layer.meta = dict(norm.meta)
-    name = str(norm.args[3].target).rpartition(".")[0] + ".weight"  # type: ignore[union-attr]
-    _set_layer(graph, layer, name, factor.reshape(-1, 1, *one), offset)
-    norm.replace_all_uses_with(layer)
-    graph.graph.erase_node(norm)
+    _set_constants(graph, layer, norm, factor.reshape(-1, 1, *one), offset)
+    _replace(norm, layer)
 
 
-def _as_arithmetic(graph: GraphModule, norm: Node, factor: Tensor, offset: Tensor) -> None:
-    result = norm.args[0]
-    for tensor, target in ((factor, torch.ops.aten.mul), (offset, torch.ops.aten.add)):
-        constant = _own_constant(graph, norm, f"{norm.name}_{target.__name__}", tensor)
-        with graph.graph.inserting_before(norm):
-            result = graph.graph.call_function(target.Tensor, (result, constant))
-        result.meta = dict(norm.meta)
-    norm.replace_all_uses_with(result)
-    graph.graph.erase_node(norm)
-
-
-def _set_layer(graph: GraphModule, layer: Node, name: str, weight: Tensor, bias: Tensor) -> None:
-    """Gives a layer constants of its own: another layer may read the old ones."""
-    weight_node = _own_constant(graph, layer, f"{name}_{layer.name}_weight", weight)
-    bias_node = _own_constant(graph, layer, f"{name}_{layer.name}_bias", bias)
-    layer.args = (layer.args[0], weight_node, bias_node, *layer.args[3:])
-
-
-def _own_constant(graph: GraphModule, before: Node, name: str, tensor: Tensor) -> Node:
-    name, tensor = name.replace(".", "_"), tensor.float()
-    graph.register_buffer(name, tensor)
-    with graph.graph.inserting_before(before):
-        node = graph.graph.get_attr(name)
-    node.meta["val"] = before.meta["val"].fake_mode.from_tensor(tensor, static_shapes=True)
+def _arithmetic(graph: GraphModule, norm: Node, target: Any, source: Node, by: Tensor) -> Node:
+    number = _new_constant(graph, norm, f"{norm.name}_{target.__name__}", by)
+    with graph.graph.inserting_before(norm):
+        node = graph.graph.call_function(target.Tensor, (source, number))
+    node.meta = dict(norm.meta)
     return node
 
 
-def _constant(graph: GraphModule, node: Any) -> Tensor:
-    tensor: Any = graph
-    for part in str(node.target).split("."):
-        tensor = getattr(tensor, part)
-    return tensor.detach()
+def _set_constants(
+    graph: GraphModule, layer: Node, norm: Node, weight: Tensor, bias: Tensor
+) -> None:
+    """Gives a layer constants of its own, named by its module: another layer may read the old."""
+    path = module_path(layer) or layer.name
+    weight_name = f"{path}.weight"
+    if any(user not in (layer, norm) for user in _readers(graph, weight_name)):
+        path = f"{path}.{layer.name}"
+    constants = [
+        _new_constant(graph, layer, f"{path}.{name}", value)
+        for name, value in (("weight", weight), ("bias", bias))
+    ]
+    layer.args = (layer.args[0], *constants, *layer.args[3:])
+
+
+def _readers(graph: GraphModule, name: str) -> set[Node]:
+    nodes = [n for n in graph.graph.nodes if n.op == "get_attr" and n.target == name]
+    return {user for node in nodes for user in node.users}
+
+
+def _new_constant(graph: GraphModule, before: Node, name: str, value: Tensor) -> Node:
+    owner: nn.Module = graph
+    *path, last = name.split(".")
+    for part in path:
+        if not hasattr(owner, part):
+            owner.add_module(part, nn.Module())
+        owner = getattr(owner, part)
+    if hasattr(owner, last):
+        delattr(owner, last)
+    owner.register_buffer(last, value.float())
+    with graph.graph.inserting_before(before):
+        node = graph.graph.get_attr(name)
+    mode = before.meta["val"].fake_mode
+    node.meta["val"] = mode.from_tensor(value.float(), static_shapes=True)
+    return node

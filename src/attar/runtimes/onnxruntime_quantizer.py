@@ -25,6 +25,8 @@ from torchao.quantization.pt2e.quantizer import (
 )
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY, EdgeOrNode
 
+from attar.runtimes.aten import argument, is_constant, module_path, operator, rank
+
 CONVOLUTIONS = {"conv1d", "conv2d", "conv3d"}
 ACTIVATIONS = {"relu", "hardtanh", "relu6"}
 """Vanish into the kernel before them: a grid from zero up is a ReLU."""
@@ -34,7 +36,8 @@ UNARY = {"avg_pool2d", "sigmoid", "leaky_relu"}
 """QLinearAveragePool, QLinearSigmoid, QLinearLeakyRelu: one input, a grid of their own after."""
 MOVES = {
     "max_pool1d", "max_pool2d", "flatten", "reshape", "view", "permute", "transpose", "squeeze",
-    "unsqueeze", "slice", "select", "pad", "constant_pad_nd", "cat", "concat", "getitem",
+    "unsqueeze", "slice", "select", "pad", "constant_pad_nd", "cat", "concat", "getitem", "clone",
+    "contiguous",
 }  # fmt: skip
 """Hand values on as they are: one grid before and after, and the kernel runs on the integers."""
 SPLITS = {"split", "split_with_sizes", "chunk"}
@@ -120,7 +123,7 @@ class OnnxRuntimeQuantizer(Quantizer):
                 self._mark(node, self._activation)
             elif name in MOVES | SPLITS and self._joins(node, carriers) and _moves_exactly(node):
                 self._mark_move(node)
-            elif name in UNARY | ACTIVATIONS and node.args[0] in self._on_grid:
+            elif name in UNARY | ACTIVATIONS and argument(node) in self._on_grid:
                 self._mark(node, self._activation)
         return model
 
@@ -167,7 +170,7 @@ class OnnxRuntimeQuantizer(Quantizer):
             value = node.meta.get("val")
             return isinstance(value, torch.Tensor) and value.dtype == torch.float32
         if name == "linear":
-            return _rank(node) == 2
+            return rank(node) == 2
         if name in ELEMENTWISE | UNARY | ACTIVATIONS | MOVES | SPLITS:
             return all(source in carriers for source in _sources(node))
         return name in CONVOLUTIONS
@@ -179,16 +182,20 @@ class OnnxRuntimeQuantizer(Quantizer):
         return any(s in self._on_grid for s in sources) and all(s in carriers for s in sources)
 
     def _mark_layer(self, node: Node, wanted: set[Node]) -> None:
-        source, weight = node.args[0], node.args[1]
-        if not isinstance(weight, Node) or weight.op != "get_attr" or not isinstance(source, Node):
+        source, weight, bias = (argument(node, place) for place in range(3))
+        if not is_constant(weight):
             return
         inputs: dict[Node, QuantizationSpecBase | None] = {
             source: self._activation,
             weight: self._weight,
         }
-        if len(node.args) > 2 and isinstance(node.args[2], Node):
-            inputs[node.args[2]] = _bias_grid((source, node), (weight, node))
-        keeps = operator(node) in CONVOLUTIONS or (_rank(node) == 2 and _end(node) in wanted)
+        if is_constant(bias):
+            inputs[bias] = _bias_grid((source, node), (weight, node))
+        end = _end(node)
+        # A ReLU left in float after it would take the whole linear layer with it.
+        keeps = operator(node) in CONVOLUTIONS or (
+            rank(node) == 2 and (end in wanted or end is not node)
+        )
         self._mark(node, self._activation if keeps else None, inputs)
 
     def _mark_move(self, node: Node) -> None:
@@ -247,20 +254,6 @@ def _bias_grid(source: EdgeOrNode, weight: EdgeOrNode) -> DerivedQuantizationSpe
     )
 
 
-def operator(node: Node) -> str:
-    """The ATen operator's name without namespace and overload: `conv2d`; `""` for other nodes."""
-    if node.op != "call_function":
-        return ""
-    packet = getattr(node.target, "overloadpacket", None)
-    return packet.__name__ if packet is not None else getattr(node.target, "__name__", "")
-
-
-def module_path(node: Node) -> str:
-    """The path of the innermost module that a node was traced in; `""` for the network itself."""
-    stack = list(node.meta.get("nn_module_stack", {}).values())
-    return stack[-1][0] if stack else ""
-
-
 def _stable_names(model: GraphModule) -> dict[Node, str]:
     names: dict[Node, str] = {}
     seen: dict[str, int] = {}
@@ -280,11 +273,6 @@ def _sources(node: Node) -> list[Node]:
     return list(dict.fromkeys(a for a in node.args[:count] if isinstance(a, Node)))
 
 
-def _rank(node: Node) -> int:
-    value = node.meta.get("val")
-    return value.dim() if isinstance(value, torch.Tensor) else 0
-
-
 def _end(node: Node) -> Node:
     """The ReLU after a node, if that is all that reads it; else the node."""
     users = list(node.users)
@@ -292,58 +280,51 @@ def _end(node: Node) -> Node:
 
 
 def _is_relu(node: Node) -> bool:
-    if operator(node) == "hardtanh":
-        return len(node.args) > 1 and node.args[1] == 0
-    return operator(node) in ACTIVATIONS
+    """Clips below at zero (and perhaps above, as the grid does too)."""
+    name = operator(node)
+    return name in ACTIVATIONS and (name != "hardtanh" or argument(node, 1, -1) == 0)
 
 
 def _plain_binary(node: Node) -> bool:
     """Two tensors, neither scaled nor a number."""
-    return all(isinstance(a, Node) for a in node.args[:2]) and node.kwargs.get("alpha", 1) == 1
+    tensors = all(isinstance(a, Node) for a in node.args[:2])
+    return tensors and "alpha" not in node.kwargs
 
 
 def _moves_exactly(node: Node) -> bool:
     """Padding with anything but zeros brings in values of its own."""
     if operator(node) == "pad":
-        mode = node.args[2] if len(node.args) > 2 else "constant"
-        return mode == "constant" and (len(node.args) < 4 or not node.args[3])
-    if operator(node) == "constant_pad_nd":
-        return len(node.args) < 3 or not node.args[2]
-    return True
+        return argument(node, 2, "constant") == "constant" and not argument(node, 3)
+    return operator(node) != "constant_pad_nd" or not argument(node, 2)
 
 
 def _hoist(relu: Node) -> None:
     """`relu(max_pool(x))` is `max_pool(relu(x))`, and there the ReLU fuses into what makes x."""
     if not _is_relu(relu):
         return
-    first = last = relu.args[0]
-    assert isinstance(last, Node)
+    last: Node = argument(relu)
+    first, moves = last, []
     while operator(first) in MONOTONE and len(first.users) == 1:
-        above = first.args[0]
-        assert isinstance(above, Node)
-        if len(above.users) != 1:
-            break
-        first, move = above, first
-    if first is last:
+        moves.append(first)
+        first = argument(first)
+    if not moves or len(first.users) != 1:
         return
     relu.replace_all_uses_with(last)
     relu.args = (first, *relu.args[1:])
-    move.replace_input_with(first, relu)
+    moves[-1].replace_input_with(first, relu)
     first.append(relu)
     relu.meta = {**relu.meta, "val": first.meta.get("val")}
 
 
 def _pool_globally(model: GraphModule, node: Node) -> None:
     """A mean over a whole image as the average pooling that has an int8 kernel."""
-    source = node.args[0]
-    assert isinstance(source, Node)
-    value = source.meta.get("val")
-    if not isinstance(value, torch.Tensor) or value.dim() != 4:
+    source: Node = argument(node)
+    if rank(source) != 4 or not _is_global(node):
         return
-    window = [int(side) for side in value.shape[2:] if isinstance(side, int)]
-    if len(window) != 2 or not _is_global(node):
+    window = list(source.meta["val"].shape[2:])
+    if not all(isinstance(side, int) for side in window):
         return
-    keeps = operator(node) != "mean" or (len(node.args) > 2 and bool(node.args[2]))
+    keeps = operator(node) != "mean" or bool(argument(node, 2))
     with model.graph.inserting_before(node):
         pool = _call(model, node, torch.ops.aten.avg_pool2d.default, source, window)
         last = pool if keeps else _call(model, node, torch.ops.aten.flatten.using_ints, pool, 1)
@@ -358,7 +339,7 @@ def _call(model: GraphModule, like: Node, target: Any, source: Node, *args: Any)
 
 
 def _is_global(node: Node) -> bool:
+    sizes = argument(node, 1)
     if operator(node) == "adaptive_avg_pool2d":
-        return all(side == 1 for side in node.args[1])  # type: ignore[union-attr]
-    dims = node.args[1] if len(node.args) > 1 else None
-    return isinstance(dims, (list, tuple)) and sorted(d % 4 for d in dims) == [2, 3]  # type: ignore
+        return list(sizes) == [1, 1]
+    return isinstance(sizes, (list, tuple)) and sorted(d % 4 for d in sizes) == [2, 3]

@@ -1,0 +1,115 @@
+"""Latencies of one student in float and in int8, side by side in the runtime it is deployed to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from attar.measure.intervals import Interval, ratio_interval
+from attar.measure.latency import time_interleaved
+from attar.quantize.fallback import LIMIT
+from attar.runtimes.base import Runtime
+from attar.student import Student
+
+SECONDS = 0.6
+PROFILED_RUNS = 60
+COMPUTE = {
+    "Conv",
+    "FusedConv",
+    "Gemm",
+    "FusedGemm",
+    "MatMul",
+    "QLinearConv",
+    "QGemm",
+    "QLinearMatMul",
+}
+
+
+class RuntimeBench:
+    """Exports what it is asked about into a folder, once each, and measures it.
+
+    quantized: makes the student with these layers left in float. names: input and output names.
+    inputs: one batch as the model is deployed to answer it.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        student: Student,
+        quantized: Callable[[tuple[str, ...]], Student],
+        folder: Path,
+        *,
+        example: tuple[Any, ...],
+        dynamic_shapes: tuple[dict[int, Any], ...],
+        inputs: tuple[np.ndarray, ...],
+        threads: int = 1,
+    ) -> None:
+        self._runtime, self._student, self._quantized = runtime, student, quantized
+        self._folder, self._inputs, self._threads = folder, inputs, threads
+        self._example, self._dynamic_shapes = example, dynamic_shapes
+        self._exported: dict[tuple[str, ...], Path] = {}
+
+    def ratio(self, float_layers: tuple[str, ...]) -> Interval:
+        """Measured for longer where the first look leaves open whether int8 is too slow."""
+        sessions = {
+            name: self._runtime.session(self._export(layers), threads=self._threads)
+            for name, layers in (("float", ("*",)), ("int8", float_layers))
+        }
+        calls = {name: lambda s=s: s(*self._inputs) for name, s in sessions.items()}
+        for seconds, rounds in ((SECONDS, 30), (4 * SECONDS, 90)):
+            timed = time_interleaved(calls, seconds=seconds, rounds=rounds)
+            taken = {name: np.array(timed[name]["round_ms"]) for name in calls}
+            ratio = ratio_interval(taken["int8"], taken["float"])
+            if not ratio.low <= LIMIT < ratio.high:
+                break
+        return ratio
+
+    def times(self, float_layers: tuple[str, ...]) -> dict[str, tuple[float, float]]:
+        was, now = self._layer_times(("*",)), self._layer_times(float_layers)
+        return {layer: (was[layer], now[layer]) for layer in now if layer in was}
+
+    def _layer_times(self, float_layers: tuple[str, ...]) -> dict[str, float]:
+        from attar.runtimes.onnxruntime_profile import profile
+
+        folder = self._export(float_layers)
+        owner = _owners(folder / self._runtime.model_file)
+        times: dict[str, float] = {}
+        for row in profile(folder, self._inputs, threads=self._threads, runs=PROFILED_RUNS):
+            layer = owner(row["node"]) if row["op"] in COMPUTE else None
+            if layer:
+                times[layer] = times.get(layer, 0.0) + row["p50_us"]
+        return times
+
+    def _export(self, float_layers: tuple[str, ...]) -> Path:
+        if float_layers not in self._exported:
+            folder = self._folder / str(len(self._exported))
+            student = self._student if "*" in float_layers else self._quantized(float_layers)
+            self._runtime.export(
+                student,
+                folder,
+                example=self._example,
+                dynamic_shapes=self._dynamic_shapes,
+                names=([f"input{i}" for i in range(len(self._inputs))], ["output"]),
+            )
+            self._exported[float_layers] = folder
+        return self._exported[float_layers]
+
+
+def _owners(path: Path) -> Callable[[str], str | None]:
+    """Which layer a profiled node belongs to. ONNX Runtime calls a convolution by what it fused
+    into it (`layer1.0/Relu`), so the way back leads to the nearest one that feeds it."""
+    nodes = onnx.load(str(path)).graph.node
+    named = {node.name: node for node in nodes}
+    makers = {value: node for node in nodes for value in node.output}
+
+    def owner(name: str) -> str | None:
+        node = named.get(name.removeprefix("fused ").partition("_token_")[0])
+        while node is not None and node.op_type not in COMPUTE:
+            node = makers.get(node.input[0]) if node.input else None
+        return node.name.rpartition("/")[0] if node is not None else None
+
+    return owner

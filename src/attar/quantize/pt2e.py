@@ -1,0 +1,58 @@
+"""PT2E's part: a network's graph with observers, and the same graph on their grids."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+from attar.errors import UsageError
+from attar.quantize.graph import capture, pad_integers
+from attar.quantize.observers import ActivationObserver, Grid, PerChannelWeight
+
+if TYPE_CHECKING:
+    from attar.quantize.edit import Scheme
+
+
+def prepare(
+    module: nn.Module,
+    example: tuple[Any, ...],
+    dynamic_shapes: tuple[dict[int, Any], ...],
+    scheme: Scheme,
+) -> GraphModule:
+    """The network's graph with an observer at every tensor that the runtime wants on a grid.
+
+    Raises `UsageError` for a runtime without int8 graphs, `ExportError` for a network that can't be
+    traced.
+    """
+    if scheme.runtime != "onnxruntime":
+        raise UsageError(
+            f"int8 graphs are made for the runtime onnxruntime, not {scheme.runtime!r}"
+        )
+    from attar.runtimes.onnxruntime_quantizer import OnnxRuntimeQuantizer
+
+    graph = capture(module, example, dynamic_shapes)
+    quantizer = OnnxRuntimeQuantizer(
+        activation=ActivationObserver.with_args(choice=scheme.observer),
+        weight=PerChannelWeight.with_args(),
+        weight_bits=scheme.weight_bits,
+        float_layers=scheme.float_layers,
+    )
+    with torch.no_grad():
+        return prepare_pt2e(graph, quantizer)
+
+
+def convert(prepared: GraphModule) -> GraphModule:
+    """The graph on the grids its observers hold: quantize and dequantize nodes in their stead."""
+    with torch.no_grad():
+        graph = convert_pt2e(prepared)
+    pad_integers(graph)
+    return graph
+
+
+def grids_of(prepared: GraphModule) -> dict[str, Grid]:
+    """The observers of a prepared graph, by key."""
+    return {m.key: m for m in prepared.modules() if isinstance(m, Grid)}
