@@ -70,7 +70,7 @@ class Edit(ABC):
 def edit_from(record: dict[str, Any], tensors: dict[str, Tensor]) -> Edit:
     """The edit of `record["kind"]`. Raises `CheckpointError` for a kind this version lacks, and for
     a damaged record."""
-    kind = str(record.get("kind") if isinstance(record, dict) else record)
+    kind = str(record.get("kind") if isinstance(record, dict) else None)
     if kind not in Edit.kinds:
         raise CheckpointError(
             f"the student has an edit of unknown kind {kind!r}{near(kind, list(Edit.kinds))}; "

@@ -36,13 +36,11 @@ def save_student(student: Student, folder: Path) -> None:
         "edits": edits,
     }
     tensors = {
-        f"{i}/{name}": tensor.detach().contiguous().cpu()
+        f"{i}/{name}": _own(tensor)
         for i, edit in enumerate(student.edits)
         for name, tensor in edit.tensors().items()
     }
-    weights = {
-        k: v.detach().cpu().contiguous().clone() for k, v in student.module.state_dict().items()
-    }
+    weights = {name: _own(tensor) for name, tensor in student.module.state_dict().items()}
     with full_disk_as_error(folder):
         save_file(weights, folder / "weights.safetensors")
         if tensors:
@@ -50,6 +48,11 @@ def save_student(student: Student, folder: Path) -> None:
         else:
             (folder / "edits.safetensors").unlink(missing_ok=True)
         write_whole(folder / "student.json", json.dumps(record, indent=1) + "\n")
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A copy that shares its memory with no other, as safetensors wants it."""
+    return tensor.detach().cpu().contiguous().clone()
 
 
 def load_student(
