@@ -30,8 +30,9 @@ def cache_folder() -> Path:
 
 
 def key_of(**inputs: Any) -> str:
-    """A hash of JSON values: the same inputs give the same key on any machine."""
-    text = json.dumps(inputs, sort_keys=True, separators=(",", ":"), default=str)
+    """A hash of JSON values: the same inputs give the same key on any machine. `TypeError` for
+    others, whose text (an address, a set's order) may differ between processes."""
+    text = json.dumps(inputs, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
