@@ -26,7 +26,7 @@ from attar.measure.intervals import (
 )
 from attar.student import Student, save_student
 from attar.tasks.base import Task
-from attar.training.evaluation import evaluating, outputs_of
+from attar.training.evaluation import outputs_of
 
 SPLITS = ("validation", "test")
 EVALUATION_BATCH = 64
@@ -144,11 +144,12 @@ def session_arrays_of(session: Answers, split: Split, task: Task) -> dict[str, n
 def reference_outputs(
     module: torch.nn.Module, split: Split, task: Task, count: int
 ) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
-    """Inputs (a tuple, batch first) and PyTorch's logits of the first `count` examples."""
+    """Inputs (a tuple, batch first) and PyTorch's logits of the first `count` examples. module: in
+    eval mode already; a quantized graph refuses to be put there."""
     inputs: list[tuple[np.ndarray, ...]] = []
     outputs: list[np.ndarray] = []
     seen = 0
-    with evaluating(module):
+    with torch.no_grad():
         for batch in split.batches(min(EVALUATION_BATCH, count)):
             args, kwargs = task.arguments(batch)
             inputs.append(tuple(a.numpy() for a in args))
