@@ -15,6 +15,7 @@ from attar.events import Listener, silent
 from attar.files import Trust
 from attar.measure.cost import macs, parameters
 from attar.measure.latency import time_interleaved
+from attar.models import inherit
 from attar.pipeline.job import Job, job_of
 from attar.pipeline.rows import eager_call, reference_outputs
 from attar.prune import channel_graph
@@ -50,6 +51,7 @@ def check(recipe: Recipe, *, tell: Listener = silent, trusted: Trust = False) ->
     student = job.student.fresh(job.seed + 1) if job.student is not None else None
     if student is not None:
         job.task.check_output(_first_output(job, student), job.data)
+        inherit(student.module, teacher.module, job.from_teacher)
     return {
         "data": {
             "name": job.data.name,

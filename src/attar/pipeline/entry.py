@@ -101,7 +101,7 @@ def evaluate(
         data, seed, task = recipe.data, recipe.seed, recipe.task
     name = task or bundle.manifest["task"]
     judge = (from_file(name, trusted) if is_reference(name) else tasks.get(name))()
-    examples = load_data(data, seed=seed)
+    examples = load_data(data, seed=seed, trusted=trusted)
     _require_same_preparation(bundle.manifest, judge.describe(examples))
     arrays = session_arrays_of(bundle.session(), getattr(examples, split), judge)
     statistics = arrays["statistics"]

@@ -19,6 +19,7 @@ from attar.measure.intervals import ratio_interval
 from attar.measure.latency import time_interleaved
 from attar.measure.machine import environment, package_version
 from attar.measure.memory import session_memory_mb
+from attar.models import inherit
 from attar.pipeline.budget import judge
 from attar.pipeline.details import details_of
 from attar.pipeline.job import Job, Origin, content_of
@@ -138,7 +139,11 @@ class _Execution:
         if origin is None:
             return teacher.copy(), teacher_key, self.job.teacher
         seed = self.job.seed + 1  # not the teacher's initial weights
-        return origin.fresh(seed), key_of(origin=origin.key, seed=seed), origin
+        student, key = origin.fresh(seed), key_of(origin=origin.key, seed=seed)
+        if self.job.from_teacher:
+            inherit(student.module, teacher.module, self.job.from_teacher)
+            key = key_of(student=key, teacher=teacher_key, layers=self.job.from_teacher)
+        return student, key, origin
 
     def stage(
         self,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from attar.data.base import Data
-from attar.files import Trust, from_file, is_reference
+from attar.files import Trust, allow, from_file, is_reference
 from attar.models import ModelSpec, build, load_checkpoint, resolve
 from attar.recipe.model import Budget, Deploy
 from attar.stages.base import Stage
@@ -72,6 +72,7 @@ class Job:
     teacher: Origin
     stages: list[Stage]
     student: Origin | None = None
+    from_teacher: dict[str, str] = field(default_factory=dict)
     train: Training | None = None
     prepare: list[Stage] = field(default_factory=list)
     deploy: Deploy = field(default_factory=Deploy)
@@ -92,7 +93,11 @@ def job_of(recipe: Recipe, *, trusted: Trust = False) -> Job:
 
     named = is_reference(recipe.task)
     task = (from_file(recipe.task, trusted) if named else tasks.get(recipe.task))()
-    data = load_data(recipe.data, seed=recipe.seed)
+    data = load_data(recipe.data, seed=recipe.seed, trusted=trusted)
+    for stage in (*recipe.teacher.prepare, *recipe.stages):
+        for path in stage.files:
+            if path.suffix == ".py":
+                allow(path, trusted)
     student = recipe.student
     return Job(
         name=recipe.name,
@@ -101,6 +106,7 @@ def job_of(recipe: Recipe, *, trusted: Trust = False) -> Job:
         seed=recipe.seed,
         teacher=_named_origin(recipe.teacher, data, trusted),
         student=_named_origin(student, data, trusted) if student is not None else None,
+        from_teacher=student.from_teacher if student is not None else {},
         train=recipe.teacher.train if recipe.teacher.checkpoint is None else None,
         prepare=recipe.teacher.prepare,
         stages=recipe.stages,

@@ -120,6 +120,15 @@ class Teacher(Network):
         return self
 
 
+class Learner(Network):
+    """The network that is taught.
+
+    from_teacher: layers that begin with the teacher's weights, the student's path: the teacher's.
+    """
+
+    from_teacher: dict[str, str] = Field(default_factory=dict)
+
+
 class Deploy(Part):
     """The target every row is exported to and measured on.
 
@@ -168,7 +177,7 @@ class Recipe(Part):
     seed: int = Field(default=0, ge=0)
     data: DataConfig
     teacher: Teacher
-    student: Network | None = None
+    student: Learner | None = None
     """`None`: a copy of the teacher."""
     stages: list[StageField] = Field(default_factory=list)
     deploy: Deploy = Field(default_factory=Deploy)

@@ -139,7 +139,10 @@ def _item(items: list[Any], key: str, setting: str) -> tuple[int, bool]:
 def _prepared(value: Any, place: Place, base: Path) -> Any:
     """The value with variables filled in and paths made absolute."""
     if isinstance(value, dict):
-        return {key: _prepared(inner, (*place, key), base) for key, inner in value.items()}
+        return {
+            _own_part(key, base): _prepared(inner, (*place, key), base)
+            for key, inner in value.items()
+        }
     if isinstance(value, list):
         return [_prepared(inner, (*place, at), base) for at, inner in enumerate(value)]
     if not isinstance(value, str):
@@ -147,9 +150,13 @@ def _prepared(value: Any, place: Place, base: Path) -> Any:
     value = VARIABLE.sub(_filler(place), value)
     if place and place[-1] in PATH_KEYS:
         return str(absolute(value, base))
-    if own := OWN_PART.fullmatch(value):
-        return f"{absolute(own['file'], base)}:{own['name']}"
-    return value
+    return _own_part(value, base)
+
+
+def _own_part(name: Any, base: Path) -> Any:
+    """`file.py:Name` with the file's path made absolute; anything else as it is."""
+    own = OWN_PART.fullmatch(name) if isinstance(name, str) else None
+    return f"{absolute(own['file'], base)}:{own['name']}" if own else name
 
 
 def absolute(path: str, base: Path) -> Path:
