@@ -12,12 +12,15 @@ from attar.training.config import Training
 from attar.training.objective import Objective, TaskObjective
 
 
-def recovery_objective(task: Task, teacher: nn.Module | None, training: Training) -> Objective:
+def recovery_objective(
+    task: Task, teacher: nn.Module | None, training: Training, *, calls: int | None = None
+) -> Objective:
     """What a recovery minimises: `0.1 · L_task + 0.9 · KD` at temperature 4, against the teacher.
 
     These are `kd`'s own defaults: the teacher's soft targets tell a damaged student more about each
     example than its label does, and the label keeps it from the teacher's mistakes. Without a
-    teacher, the task's own loss. `training` gives the labels' smoothing.
+    teacher, the task's own loss. `training` gives the labels' smoothing; `calls`, how many batches
+    the teacher is going to answer, says whether looking for its fastest form pays.
 
     Example:
         >>> objective = recovery_objective(task, teacher, Training())  # doctest: +SKIP
@@ -26,5 +29,5 @@ def recovery_objective(task: Task, teacher: nn.Module | None, training: Training
     smoothing = training.label_smoothing
     if teacher is None:
         return TaskObjective(task, smoothing)
-    source = Teacher(teacher, task)
+    source = Teacher(teacher, task, calls=calls)
     return DistillObjective(task, source, {"kd": KD()}, label_smoothing=smoothing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -71,13 +72,16 @@ class Context:
         from attar.distill.recovery import recovery_objective
         from attar.training.loop import train
 
+        if objective is None:
+            calls = training.epochs * math.ceil(len(self.data.train) / training.batch_size)
+            objective = recovery_objective(self.task, self.teacher, training, calls=calls)
         before, after = student.hooks()
         train(
             student.module,
             data=self.data,
             task=self.task,
             training=training,
-            objective=objective or recovery_objective(self.task, self.teacher, training),
+            objective=objective,
             seed=self.seed,
             checkpoint=self.work / f"{label}.pt",
             before_step=before,

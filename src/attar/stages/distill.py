@@ -19,6 +19,7 @@ from attar.distill.signal import Source
 from attar.distill.stored import StoredTeacher
 from attar.distill.teacher import Teacher
 from attar.errors import UsageError
+from attar.files import is_reference, locate
 from attar.models import build, load_checkpoint, resolve
 from attar.stages.base import Context, Stage, stages
 from attar.student import Student
@@ -96,8 +97,12 @@ class Distill(Stage, Training):
 
     @property
     def files(self) -> list[Path]:
-        checkpoint = self.teacher.checkpoint if self.teacher is not None else None
-        return [Path(checkpoint)] if checkpoint else []
+        names = [name for one in self.criteria for name in one]
+        found = []
+        if self.teacher is not None:
+            names.append(self.teacher.model)
+            found += [Path(self.teacher.checkpoint)] if self.teacher.checkpoint else []
+        return found + [locate(name)[0] for name in names if is_reference(name)]
 
     def apply(self, student: Student, run: Context) -> Student:
         mentor = self.teacher.load(run.data) if self.teacher is not None else run.teacher
