@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import nn
 
 from attar.data import Data, from_loaders
 from attar.errors import UsageError
 from attar.events import Listener, silent
+from attar.files import Trust
 from attar.pipeline.execute import execute
-from attar.pipeline.job import Job, Origin, handed_in
+from attar.pipeline.job import Job, allow_own_files, handed_in
 from attar.pipeline.result import Run, read_ledger
-from attar.recipe.model import Budget, Deploy
+from attar.recipe import Budget, Deploy, Recipe, dump_recipe
+from attar.recipe.model import HANDED_IN
+from attar.recipe.reading import validated
+from attar.recipe.source import Source
 from attar.stages.base import Stage
 from attar.student import Student
 from attar.tasks.base import Task, tasks
@@ -38,6 +40,7 @@ def compress(
     name: str = "compress",
     out: str | Path | None = None,
     tell: Listener = silent,
+    trusted: Trust = False,
 ) -> Run:
     """Compresses a trained network with the stages given, and proves what it cost.
 
@@ -45,7 +48,8 @@ def compress(
     `None` for a copy of the teacher. data: an `attar.data.Data`, or three iterables of
     (inputs, targets) that can be gone through again and again: train, validation, test.
     classes: their names, when `data` are iterables. out: the run's folder, `runs/NAME` by default;
-    what was computed before with the same inputs is not computed again.
+    what was computed before with the same inputs is not computed again. trusted: whether files of
+    your own that stages name (`criteria: ["losses.py:Huber"]`) may run; they are asked for once.
 
     Returns the run: `run.student` is the compressed `nn.Module`, `run.ledger` the table,
     `run.session(batch)` the exported file, answering. Raises an `AttarError` saying what is wrong.
@@ -55,18 +59,31 @@ def compress(
         ...     stages=[attar.Prune(ratio=0.5), attar.Quantize()])  # doctest: +SKIP
         >>> run.student  # doctest: +SKIP
     """
+    judge = tasks.get(task)() if isinstance(task, str) else task
+    examples = _as_data(data, classes)
+    recipe = _as_recipe(
+        name=name,
+        seed=seed,
+        data={"source": "python", "name": examples.name},
+        teacher=_as_network(teacher),
+        student=_as_network(student),
+        stages=list(stages),
+        deploy=deploy,
+        budget=budget,
+    )
+    allow_own_files(recipe.stages, trusted)
     job = Job(
         name=name,
-        task=tasks.get(task)() if isinstance(task, str) else task,
-        data=_as_data(data, classes),
+        task=judge,
+        data=examples,
         seed=seed,
         teacher=handed_in(teacher),
         student=handed_in(student) if student is not None else None,
-        stages=list(stages),
-        deploy=Deploy.model_validate(deploy or {}),
-        budget=Budget.model_validate(budget or {}),
+        stages=recipe.stages,
+        deploy=recipe.deploy,
+        budget=recipe.budget,
+        text=dump_recipe(recipe.model_copy(update={"task": judge.name})),
     )
-    job = replace(job, text=_as_text(job))
     return execute(job, Path(out or Path("runs") / name), tell=tell)
 
 
@@ -106,24 +123,19 @@ def ledger(run: str | Path) -> dict[str, Any]:
     return read_ledger(Path(run))
 
 
-def _as_text(job: Job) -> str:
-    """The recipe file of a run that was written in Python; networks appear by class."""
+def _as_network(module: nn.Module | None) -> dict[str, str] | None:
+    """A network handed in, as a recipe has it: by its class. Raises `UsageError`."""
+    if module is None:
+        return None
+    if not isinstance(module, nn.Module):
+        raise UsageError(f"a teacher or student is an nn.Module, not a {type(module).__name__}")
+    return {"model": f"{HANDED_IN}{type(module).__qualname__}"}
 
-    def network(origin: Origin | None) -> dict[str, str] | None:
-        return None if origin is None else {"model": f"python:{type(origin.module).__qualname__}"}
 
-    record = {
-        "name": job.name,
-        "task": job.task.name,
-        "seed": job.seed,
-        "data": {"source": "python", "name": job.data.name},
-        "teacher": network(job.teacher),
-        "student": network(job.student),
-        "stages": [{s.name: s.model_dump(mode="json")} for s in job.stages],
-        "deploy": job.deploy.model_dump(),
-        "budget": job.budget.model_dump(exclude_none=True),
-    }
-    return yaml.safe_dump(record, sort_keys=False)
+def _as_recipe(**values: Any) -> Recipe:
+    """The recipe that says the same, checked like one from a file. Raises `RecipeError`."""
+    said = {key: value for key, value in values.items() if value is not None}
+    return validated(Source("attar.compress", said))
 
 
 def _as_data(data: Loaders, classes: Sequence[str] | None) -> Data:

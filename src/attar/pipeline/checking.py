@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from attar.files import Trust
 from attar.measure.cost import macs, parameters
 from attar.measure.latency import time_interleaved
 from attar.models import inherit
-from attar.pipeline.job import Job, job_of
+from attar.pipeline.job import Job, job_of, require_answers
 from attar.pipeline.rows import eager_call, reference_outputs
 from attar.prune import channel_graph
 from attar.quantize import Scheme, quantize, quantized_reference
@@ -47,10 +48,10 @@ def check(recipe: Recipe, *, tell: Listener = silent, trusted: Trust = False) ->
     for note in job.data.notes:
         tell({"event": "note", "text": note})
     teacher = job.teacher.fresh(job.seed)
-    job.task.check_output(_first_output(job, teacher), job.data)
+    require_answers(job, teacher, "teacher")
     student = job.student.fresh(job.seed + 1) if job.student is not None else None
     if student is not None:
-        job.task.check_output(_first_output(job, student), job.data)
+        require_answers(job, student, "student")
         inherit(student.module, teacher.module, job.from_teacher)
     return {
         "data": {
@@ -99,7 +100,7 @@ def _latencies(job: Job, student: Student, example: tuple[torch.Tensor, ...]) ->
             if "error" not in found[name]:
                 runtime = runtimes.get(job.deploy.runtime)()
                 session = runtime.session(folder, threads=job.deploy.threads)
-                calls[name] = lambda session=session: session(*inputs)
+                calls[name] = partial(session, *inputs)
         timed = time_interleaved(calls, seconds=0.5)
     found["eager"] = {}
     for name in calls:
@@ -154,13 +155,6 @@ def _said(attempt: Any) -> dict[str, Any]:
         return attempt()
     except AttarError as error:
         return {"error": str(error)}
-
-
-def _first_output(job: Job, student: Student) -> Any:
-    (batch,) = (b for _, b in zip(range(1), job.data.validation.batches(2), strict=False))
-    args, kwargs = job.task.arguments(batch)
-    with torch.inference_mode():
-        return student.module.eval()(*args, **kwargs)
 
 
 def _estimate(job: Job, teacher: Student, student: Student) -> dict[str, Any]:

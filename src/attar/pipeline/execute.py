@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -22,7 +23,7 @@ from attar.measure.memory import session_memory_mb
 from attar.models import inherit
 from attar.pipeline.budget import judge
 from attar.pipeline.details import details_of
-from attar.pipeline.job import Job, Origin, content_of
+from attar.pipeline.job import Job, Origin, content_of, require_answers, source_of
 from attar.pipeline.result import Run
 from attar.pipeline.rows import (
     Row,
@@ -37,7 +38,7 @@ from attar.pipeline.rows import (
 )
 from attar.quantize import quantized_reference
 from attar.runtimes import runtimes
-from attar.runtimes.bundle import read_bundle, write_bundle
+from attar.runtimes.bundle import MANIFEST, read_bundle, write_bundle
 from attar.runtimes.parity import FLOAT, QUANTIZED, check_parity
 from attar.stages.base import Context, Stage
 from attar.store import Store, full_disk_as_error, key_of, sole_writer, view, write_whole
@@ -90,6 +91,7 @@ class _Execution:
         write_whole(self.folder / "recipe.yaml", job.text)
         for note in job.data.notes:
             self.note(note)
+        self.require_answers()
         teacher, teacher_key = self.teacher()
         self.teacher_row(teacher, teacher_key)
         self.plain_rows(teacher, teacher_key)
@@ -104,6 +106,13 @@ class _Execution:
         return self.finish(student)
 
     # -- networks -------------------------------------------------------------------------------
+
+    def require_answers(self) -> None:
+        """Finds out, before anything long, whether both networks can answer about the data."""
+        job = self.job
+        require_answers(job, job.teacher.fresh(job.seed), "teacher")
+        if job.student is not None:
+            require_answers(job, job.student.fresh(job.seed), "student")
 
     def teacher(self) -> tuple[Student, str]:
         """The teacher: as handed in or loaded, else trained; then prepared by stages."""
@@ -164,6 +173,7 @@ class _Execution:
         key = key_of(
             student=key,
             stage=stage.name,
+            code=source_of(type(stage)),
             settings=stage.model_dump(mode="json"),
             files=[content_of(path).hex() for path in stage.files],
             teacher=teacher_key,
@@ -207,19 +217,20 @@ class _Execution:
         self.tell({**event, "cached": cached})
 
         def with_events(folder: Path, work: Path) -> None:
+            events = work / "events.jsonl"
+            for told in _told_once(events):  # by a process that was killed
+                self.log(told)
             started = time.perf_counter()
             make(folder, work)
             seconds = round(time.perf_counter() - started, 1)
             (folder / "seconds.json").write_text(json.dumps(seconds), encoding="utf-8")
-            events = work / "events.jsonl"
             if events.exists():
                 shutil.copy(events, folder / "events.jsonl")
 
         entry, was_there = self.store.compute(key, with_events)
-        events = _told_once(entry / "events.jsonl")
         self.seconds[key] = json.loads((entry / "seconds.json").read_text(encoding="utf-8"))
         if was_there:
-            for told in events:
+            for told in _told_once(entry / "events.jsonl"):
                 self.log(told)
         return origin.load(entry / "student"), entry
 
@@ -232,6 +243,7 @@ class _Execution:
         return {
             "data": self.job.data.fingerprint,
             "task": self.job.task.name,
+            "judge": source_of(type(self.job.task)),
             "run_seed": self.job.seed,
             "attar": attar.__version__,
             "torch": torch.__version__,
@@ -341,7 +353,6 @@ class _Execution:
                 task=job.task.name,
                 description=job.task.describe(job.data),
                 golden=tuple(x[:GOLDEN_EXAMPLES] for x in inputs),
-                recipe_sha256=hashlib.sha256(job.text.encode()).hexdigest(),
                 notes=_notes(student, quantized=reference is None),
             )
             session = bundle.session(threads=_cores(), passes=deploy.graph)
@@ -365,11 +376,20 @@ class _Execution:
         entry, _ = self.store.compute(key, make)
         row = load_row(stage, index, entry)
         view(entry / "bundle", self.folder / path)
+        self.stamp(self.folder / path)
         session = read_bundle(entry / "bundle").session(threads=deploy.threads, passes=deploy.graph)
         sample = self.sample()
         row.call = lambda: session(*sample)
         self.add(row, path, seconds, deploy.runtime)
         return row
+
+    def stamp(self, bundle: Path) -> None:
+        """Writes into a bundle which recipe it is of: stored ones serve every recipe that makes
+        them."""
+        manifest = json.loads((bundle / MANIFEST).read_text(encoding="utf-8"))
+        manifest["recipe_sha256"] = hashlib.sha256(self.job.text.encode()).hexdigest()
+        text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+        write_whole(bundle / MANIFEST, text)
 
     def sample(self) -> tuple[np.ndarray, ...]:
         """The inputs that latencies are measured with: `deploy.batch` validation examples."""
@@ -530,12 +550,19 @@ def _cores() -> int:
 
 
 def _told_once(path: Path) -> list[dict[str, Any]]:
-    """The events in a file; an epoch that was told twice around a kill counts once."""
+    """The events in a file; what was told twice around a kill counts once, as it was told last."""
     if not path.exists():
         return []
-    events: dict[Any, dict[str, Any]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
-        event = json.loads(line)
-        known = event["event"] == "epoch"
-        events[("epoch", event["label"], event["epoch"]) if known else number] = event
+    events: dict[str, dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):  # a line that a full disk cut off
+            event = json.loads(line)
+            events[_said(event)] = event
     return list(events.values())
+
+
+def _said(event: dict[str, Any]) -> str:
+    """What an event says, whenever it is told and however long it took."""
+    if event["event"] == "epoch":
+        return f"{event['label']} {event['epoch']}"
+    return json.dumps({**event, "time": None})

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
+import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from attar.data.base import Data
+from attar.errors import CheckpointError, DataError
 from attar.files import Trust, allow, from_file, is_reference
 from attar.models import ModelSpec, build, load_checkpoint, resolve
 from attar.recipe.model import Budget, Deploy
@@ -38,8 +42,6 @@ class Origin:
 
     def fresh(self, seed: int = 0) -> Student:
         """The network as it comes. Random initial weights depend on `seed` alone."""
-        import torch
-
         if self.module is not None:
             return Student(copy.deepcopy(self.module).eval())
         assert self.spec is not None
@@ -94,10 +96,7 @@ def job_of(recipe: Recipe, *, trusted: Trust = False) -> Job:
     named = is_reference(recipe.task)
     task = (from_file(recipe.task, trusted) if named else tasks.get(recipe.task))()
     data = load_data(recipe.data, seed=recipe.seed, trusted=trusted)
-    for stage in (*recipe.teacher.prepare, *recipe.stages):
-        for path in stage.files:
-            if path.suffix == ".py":
-                allow(path, trusted)
+    allow_own_files([*recipe.teacher.prepare, *recipe.stages], trusted)
     student = recipe.student
     return Job(
         name=recipe.name,
@@ -116,9 +115,46 @@ def job_of(recipe: Recipe, *, trusted: Trust = False) -> Job:
     )
 
 
+def allow_own_files(stages: list[Stage], trusted: Trust) -> None:
+    """Asks about the person's own files that stages name, before any of them is needed."""
+    for stage in stages:
+        for path in stage.files:
+            if path.suffix == ".py":
+                allow(path, trusted)
+
+
+def require_answers(job: Job, student: Student, who: str) -> None:
+    """Raises `DataError` where a network doesn't take the data's inputs, or can't answer about
+    them: asked before anything long. who: what messages call it."""
+    args, kwargs = job.task.arguments(job.data.validation.pick([0, 1]))
+    try:
+        with torch.no_grad():
+            output = student.module(*args, **kwargs)
+    except Exception as error:  # the person's own code: anything can come out of it
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"the {who} can't answer to inputs of shape {job.data.shape}, as {job.data.name} has "
+            f"them: {reason}"
+        ) from error
+    job.task.check_output(output, job.data)
+
+
+def source_of(kind: type) -> str:
+    """The text of a class of the person's own: a result made by it is stored under what it was.
+    Empty for Attar's and PyTorch's, whose versions say it, and where no text is to be found."""
+    texts = []
+    for base in kind.__mro__:
+        if base.__module__.partition(".")[0] not in ("attar", "torch", "abc", "builtins"):
+            with contextlib.suppress(OSError, TypeError):
+                texts.append(inspect.getsource(base))
+    return "\n".join(texts)
+
+
 def handed_in(module: nn.Module) -> Origin:
-    """The origin of a module from Python: known by its class, structure and weights."""
+    """The origin of a module from Python: known by its classes, structure and weights."""
     digest = hashlib.sha256(f"{type(module).__qualname__}\n{module}".encode())
+    for kind in dict.fromkeys(type(part) for part in module.modules()):
+        digest.update(source_of(kind).encode())
     for name, tensor in module.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -143,8 +179,6 @@ def _named_origin(network: Network, data: Data, trusted: Trust) -> Origin:
 
 def content_of(path: Path) -> bytes:
     """The SHA-256 of a file of weights. Raises `CheckpointError` if it can't be read."""
-    from attar.errors import CheckpointError
-
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").digest()
