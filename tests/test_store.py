@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attar.errors import StorageError
@@ -171,6 +171,7 @@ values = st.recursive(
 inputs = st.dictionaries(st.text(), values, max_size=4)
 
 
+@settings(max_examples=30)
 @given(inputs, st.randoms())
 def test_the_order_of_inputs_does_not_matter(given, random):
     shuffled = list(given.items())
@@ -180,6 +181,7 @@ def test_the_order_of_inputs_does_not_matter(given, random):
     assert key_of(**inner) == key_of(deep=given)
 
 
+@settings(max_examples=30)
 @given(inputs, inputs)
 def test_different_inputs_have_different_keys(one, other):
     same = json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)

@@ -240,6 +240,20 @@ def test_seed_and_label_decide_chance(data, change):
     assert_other(weights(net), weights(other))
 
 
+def test_every_epoch_visits_all_examples_in_another_order(data):
+    visited: list[int] = []
+
+    class Noting(TaskObjective):
+        def forward(self, model, batch):
+            visited.extend(batch.indices.tolist())
+            return super().forward(model, batch)
+
+    fit(make_linear(), data, objective=Noting(TASK), settings={"epochs": 3})
+    epochs = [visited[i : i + 64] for i in (0, 64, 128)]
+    assert [sorted(order) for order in epochs] == [list(range(64))] * 3
+    assert len({tuple(order) for order in epochs}) == 3
+
+
 # --- checkpoints
 
 
