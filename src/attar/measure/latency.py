@@ -11,6 +11,7 @@ import numpy as np
 
 BLOCK_SECONDS = 0.004
 WARM_UP_SECONDS = 0.05
+FEWEST_ROUNDS = 9
 
 
 def time_interleaved(
@@ -19,14 +20,17 @@ def time_interleaved(
     """Times each call many times, taking turns, so that a machine whose speed drifts treats all
     alike.
 
-    seconds: about how long to measure each call in all. A round gives every call, in an order that
+    seconds: about how long to measure each call in all; a slow call still gets `FEWEST_ROUNDS`.
+    rounds: at most how many turns. A round gives every call, in an order that
     rotates, a block of consecutive calls; each call is timed by itself.
 
     Returns name → `p50_ms`, `p90_ms`, `n` (calls timed) and `round_ms`: every round's median, for
     paired ratios (`attar.measure.intervals.ratio_interval`).
     """
     names = list(calls)
-    blocks = {n: _block_length(calls[n], seconds / rounds) for n in names}
+    each = {n: _seconds_a_call(calls[n]) for n in names}
+    rounds = min(rounds, max(FEWEST_ROUNDS, round(seconds / max(each.values()))))
+    blocks = {n: max(1, round(max(seconds / rounds, BLOCK_SECONDS) / each[n])) for n in names}
     taken: dict[str, list[np.ndarray]] = {n: [] for n in names}
     collecting = gc.isenabled()
     gc.disable()
@@ -41,14 +45,14 @@ def time_interleaved(
     return {n: _summary(taken[n]) for n in names}
 
 
-def _block_length(call: Callable[[], Any], share: float) -> int:
-    """Warms the call up, and says how many fit into its share of a round."""
+def _seconds_a_call(call: Callable[[], Any]) -> float:
+    """Warms the call up, and says how long it takes."""
     call()
     count, start = 0, time.perf_counter()
     while (elapsed := time.perf_counter() - start) < WARM_UP_SECONDS or count < 2:
         call()
         count += 1
-    return max(1, round(max(share, BLOCK_SECONDS) / (elapsed / count)))
+    return elapsed / count
 
 
 def _time_block(call: Callable[[], Any], length: int) -> np.ndarray:
