@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 import attar
+from attar.errors import UsageError
 from attar.events import Listener, Log, several, silent
 from attar.measure.intervals import ratio_interval
 from attar.measure.latency import time_interleaved
@@ -66,6 +68,11 @@ def execute(
     Raises the `AttarError` of whatever goes wrong; what was finished stays in the store, and the
     same call goes on from there.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError(
+            "a run is one process: start it without torchrun or accelerate launch "
+            "(attar.training.loop.train is what trains in several)"
+        )
     with sole_writer(folder), full_disk_as_error(folder):
         return _Execution(job, folder, store or Store(), tell).run()
 
