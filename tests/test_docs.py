@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -185,8 +186,9 @@ def test_parts_of_a_file_join_a_recipe(tmp_path: Path) -> None:
     assert job.data.classes == ("lying", "standing")
     assert len(job.data.train) + len(job.data.validation) + len(job.data.test) == 600
     assert job.task.metric.name == "balanced accuracy"
-    student = job.student.fresh() if job.student else None
-    assert student is not None and student.module[0].out_channels == 8
+    assert job.student is not None
+    network: Any = job.student.fresh().module
+    assert network[0].out_channels == 8
     (criterion,) = job.stages[0]._built().values()  # type: ignore[attr-defined]
     assert (criterion.weight, criterion.settings.power) == (2, 0.5)
 
@@ -238,6 +240,31 @@ def bundle_of(net: Any, data: Any, folder: Path) -> Path:
         golden=tuple(x.numpy() for x in example),
     )
     return folder
+
+
+def test_an_entry_point_joins_as_the_page_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from attar.registry import Registry
+
+    page = blocks(ROOT / "docs" / "extending.md")
+    (declared,) = (tomllib.loads(b.code) for b in page if b.language == "toml")
+    ((group, entries),) = declared["project"]["entry-points"].items()
+    module, _, name = entries["cosine"].partition(":")
+    place = tmp_path.joinpath(*module.split("."))
+    place.parent.mkdir(parents=True)
+    (code,) = (b.code for b in page if b.mark == "file: losses.py")
+    place.with_suffix(".py").write_text(code, encoding="utf-8")
+    record = tmp_path / "my_package-1.dist-info"
+    record.mkdir()
+    (record / "METADATA").write_text("Name: my_package\nVersion: 1\n", encoding="utf-8")
+    written = f"[{group}]\ncosine = {entries['cosine']}\n"
+    (record / "entry_points.txt").write_text(written, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    fresh: Registry[Any] = Registry("criterion", "attar.distill.criteria")
+    assert fresh.get("cosine").__name__ == name
+    assert fresh.describe()["cosine"] == "How far the logits' directions are apart."
 
 
 def test_every_kind_of_part_has_its_entry_point_group() -> None:
@@ -330,7 +357,7 @@ def models_of_recipes() -> set[type[BaseModel]]:
     from attar.stages.base import stages
 
     found: set[type[BaseModel]] = set()
-    waiting = {Recipe, *(stages.get(name) for name in own(stages))}
+    waiting: set[type[BaseModel]] = {Recipe, *(stages.get(name) for name in own(stages))}
     while waiting:
         model = waiting.pop()
         found.add(model)
