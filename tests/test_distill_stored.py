@@ -19,6 +19,7 @@ from attar.stages.base import Context
 from attar.stages.distill import Distill
 from attar.student import Student
 from attar.tasks.image_classification import ImageClassification
+from attar.training.config import Training
 
 TASK = ImageClassification()
 VIEWS, SEED = 3, 11
@@ -97,7 +98,18 @@ def test_the_stage_learns_from_stored_answers(augmented, tiny_net, tmp_path: Pat
     stage = Distill(views=2, epochs=3, batch_size=32)
     trained = stage.apply(Student(tiny_net(2)), run)
     assert not torch.equal(next(trained.module.parameters()), next(tiny_net(2).parameters()))
-    assert (tmp_path / "answers" / "answers.npy").exists()
+    assert (tmp_path / "distill answers" / "answers.npy").exists()
+
+
+def test_what_is_not_augmented_is_asked_once(digits, tiny_net, tmp_path: Path) -> None:
+    plain = tiny_net(2)
+    run = Context(TASK, digits, teacher=tiny_net(8).eval(), seed=0, work=tmp_path)
+    once, _ = run.taught(run.teacher, Training(epochs=2), "distill")
+    assert isinstance(once, StoredTeacher)
+    run.train(Student(plain), Training(epochs=1), label="recover")
+    assert (tmp_path / "recover answers" / "answers.npy").exists()
+    live, _ = run.taught(run.teacher, Training(epochs=2), "other", layers=["0"])
+    assert isinstance(live, Teacher)
 
 
 def test_what_cannot_be_stored_is_refused(augmented, tiny_net, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from torch import nn
 
 from attar.distill.criteria.kd import KD
 from attar.distill.objective import DistillObjective
+from attar.distill.signal import Source
 from attar.distill.teacher import Teacher
 from attar.tasks.base import Task
 from attar.training.config import Training
@@ -13,14 +14,13 @@ from attar.training.objective import Objective, TaskObjective
 
 
 def recovery_objective(
-    task: Task, teacher: nn.Module | None, training: Training, *, calls: int | None = None
+    task: Task, teacher: nn.Module | Source | None, training: Training
 ) -> Objective:
     """What a recovery minimises: `0.1 · L_task + 0.9 · KD` at temperature 4, against the teacher.
 
     These are `kd`'s own defaults: the teacher's soft targets tell a damaged student more about each
     example than its label does, and the label keeps it from the teacher's mistakes. Without a
-    teacher, the task's own loss. `training` gives the labels' smoothing; `calls`, how many batches
-    the teacher is going to answer, says whether looking for its fastest form pays.
+    teacher, the task's own loss. `training` gives the labels' smoothing.
 
     Example:
         >>> objective = recovery_objective(task, teacher, Training())  # doctest: +SKIP
@@ -29,5 +29,5 @@ def recovery_objective(
     smoothing = training.label_smoothing
     if teacher is None:
         return TaskObjective(task, smoothing)
-    source = Teacher(teacher, task, calls=calls)
+    source = Teacher(teacher, task) if isinstance(teacher, nn.Module) else teacher
     return DistillObjective(task, source, {"kd": KD()}, label_smoothing=smoothing)

@@ -11,7 +11,8 @@ import torch
 from numpy.lib.format import open_memmap
 
 from attar.data.base import Batch, Split
-from attar.distill.signal import Signal, Source
+from attar.distill.signal import Signal
+from attar.distill.teacher import Teacher
 from attar.events import Listener, silent
 from attar.store import full_disk_as_error, write_whole
 
@@ -19,7 +20,7 @@ BATCH = 256
 
 
 class StoredTeacher:
-    """The logits of another source for every training example in each of `views` augmentations.
+    """The logits of a live teacher for every training example in each of `views` augmentations.
 
     Augmentation depends on (seed, epoch, example) alone, so epoch `e` of a training whose split
     repeats its draws after `views` epochs (`ArraySplit.with_views`) sees exactly the pictures that
@@ -37,7 +38,7 @@ class StoredTeacher:
 
     def __init__(
         self,
-        source: Source,
+        source: Teacher,
         split: Split,
         *,
         views: int,
@@ -52,6 +53,8 @@ class StoredTeacher:
         with full_disk_as_error(path):
             _build(source, split, views, seed, path, tell)
         self._answers = np.load(path, mmap_mode="r")
+        self.choice = {**source.choice, "views": views}
+        """Which form of the teacher answered, and to how many views of each example."""
 
     def start_epoch(self, epoch: int) -> None:
         """Turns to the view that this epoch's augmentation repeats."""
@@ -65,7 +68,9 @@ class StoredTeacher:
         return Signal(torch.from_numpy(rows).to(batch.inputs.device))
 
 
-def _build(source: Source, split: Split, views: int, seed: int, path: Path, tell: Listener) -> None:
+def _build(
+    source: Teacher, split: Split, views: int, seed: int, path: Path, tell: Listener
+) -> None:
     progress = path.with_name("views.json")
     done = json.loads(progress.read_text(encoding="utf-8")) if progress.exists() else 0
     for view in range(done, views):
@@ -74,7 +79,7 @@ def _build(source: Source, split: Split, views: int, seed: int, path: Path, tell
 
 
 def _answer(
-    source: Source,
+    source: Teacher,
     split: Split,
     view: int,
     views: int,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 from torch import nn
@@ -19,6 +18,10 @@ from attar.student import Student
 from attar.tasks.base import Task
 from attar.training.config import Training
 from attar.training.objective import Objective
+
+if TYPE_CHECKING:
+    from attar.distill.stored import StoredTeacher
+    from attar.distill.teacher import Teacher
 
 stages: Registry[type[Stage]] = Registry("stage", "attar.stages")
 
@@ -73,8 +76,11 @@ class Context:
         from attar.training.loop import train
 
         if objective is None:
-            calls = training.epochs * math.ceil(len(self.data.train) / training.batch_size)
-            objective = recovery_objective(self.task, self.teacher, training, calls=calls)
+            run, source = self, None
+            if self.teacher is not None:
+                source, run = self.taught(self.teacher, training, label)
+            objective = recovery_objective(self.task, source, training)
+            return run.train(student, training, objective, label=label, on_epoch=on_epoch)
         before, after = student.hooks()
         train(
             student.module,
@@ -91,6 +97,33 @@ class Context:
             on_epoch=on_epoch,
         )
         return student
+
+    def taught(
+        self,
+        teacher: nn.Module,
+        training: Training,
+        label: str,
+        *,
+        layers: Sequence[str] = (),
+        views: int | None = None,
+    ) -> tuple[Teacher | StoredTeacher, Context]:
+        """The source of a teacher's signals for the training called `label`, and this context with
+        the data that the training then goes through (see `attar.distill.teaching`)."""
+        from attar.distill.teaching import teaching
+
+        source, data = teaching(
+            teacher,
+            task=self.task,
+            data=self.data,
+            training=training,
+            label=label,
+            seed=self.seed,
+            folder=self.work / f"{label} answers",
+            layers=layers,
+            views=views,
+            tell=self.tell,
+        )
+        return source, replace(self, data=data)
 
     def evaluate(self, module: nn.Module, split: str = "validation") -> float:
         """The metric of a network on one split. Stages choose on `validation`, never on `test`."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -11,13 +9,9 @@ import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 from torch import nn
 
-from attar.data.arrays import ArraySplit
 from attar.data.base import Data
 from attar.distill.criterion import Criterion, criterion_class, written
 from attar.distill.objective import DistillObjective
-from attar.distill.signal import Source
-from attar.distill.stored import StoredTeacher
-from attar.distill.teacher import Teacher
 from attar.errors import UsageError
 from attar.files import is_reference, locate
 from attar.models import build, load_checkpoint, resolve
@@ -25,7 +19,6 @@ from attar.stages.base import Context, Stage, stages
 from attar.student import Student
 from attar.training.config import Training
 from attar.training.evaluation import device_of, to_device
-from attar.training.loop import augmentation_seed
 
 LABEL = "distill"
 BESIDE_ANSWERS = 0.1
@@ -92,8 +85,8 @@ class Distill(Stage, Training):
 
     views: int | None = Field(None, ge=1)
     """Ask the teacher once about this many augmentations of each example and keep its answers; the
-    epochs then go through these views in turn, at the student's cost alone. Default: a live
-    teacher, and new augmentations every epoch."""
+    epochs then go through these views in turn, at the student's cost alone. Default: a live teacher
+    and new augmentations every epoch; one view where examples aren't augmented."""
 
     @property
     def files(self) -> list[Path]:
@@ -110,18 +103,8 @@ class Distill(Stage, Training):
             raise UsageError("distill needs a teacher, and this recipe gives it none here")
         criteria = self._built()
         layers = [path for one in criteria.values() for path in one.teacher_layers]
-        examples, size = len(run.data.train), self.batch_size
-        passes = self.views or self.epochs
-        teacher = Teacher(
-            mentor,
-            run.task,
-            layers=layers,
-            calls=passes * math.ceil(examples / size),
-            tell=run.tell,
-        )
-        source: Source = teacher
-        if self.views is not None:
-            source, run = self._stored(teacher, layers, run)
+        training = self._training()
+        source, run = run.taught(mentor, training, LABEL, layers=layers, views=self.views)
         objective = DistillObjective(
             run.task,
             source,
@@ -129,36 +112,13 @@ class Distill(Stage, Training):
             task_weight=self._task_weight(criteria),
             label_smoothing=self.label_smoothing,
         )
-        batch = run.data.train.pick(range(min(size, examples)))
+        batch = run.data.train.pick(range(min(self.batch_size, len(run.data.train))))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)  # the adapters' initial weights
             objective.prepare(student.module, to_device(batch, device_of(student.module)))
-        trained = run.train(student, self._training(), objective, label=LABEL)
-        run.found["teacher"] = teacher.choice
+        trained = run.train(student, training, objective, label=LABEL)
+        run.found["teacher"] = source.choice
         return trained
-
-    def _stored(
-        self, teacher: Teacher, layers: list[str], run: Context
-    ) -> tuple[StoredTeacher, Context]:
-        """The teacher's stored answers, and the context whose training split repeats its views."""
-        assert self.views is not None
-        if layers:
-            raise UsageError(
-                f"distill: `views` keeps the teacher's answers, not its inner layer {layers[0]!r}: "
-                "leave `views` out, or the criteria on inner layers"
-            )
-        if not isinstance(run.data.train, ArraySplit):
-            raise UsageError("distill: `views` needs examples that Attar holds in memory")
-        split = run.data.train.with_views(self.views)
-        stored = StoredTeacher(
-            teacher,
-            split,
-            views=self.views,
-            seed=augmentation_seed(run.seed, LABEL),
-            folder=run.work / "answers",
-            tell=run.tell,
-        )
-        return stored, replace(run, data=replace(run.data, train=split))
 
     def _built(self) -> dict[str, Criterion]:
         """The criteria by what their terms are called; a name that comes again gets a number."""

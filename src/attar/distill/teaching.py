@@ -1,0 +1,86 @@
+"""Who answers during one training, and to which examples: a live teacher, or its stored answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from attar.data.arrays import ArraySplit
+from attar.data.base import Data
+from attar.distill.stored import StoredTeacher
+from attar.distill.teacher import Teacher
+from attar.errors import UsageError
+from attar.events import Listener, silent
+from attar.tasks.base import Task
+from attar.training.config import Training
+from attar.training.loop import augmentation_seed
+
+STORED_UNASKED = 2**30
+"""Answers of up to this many bytes are stored unasked, where that changes nothing."""
+
+
+def teaching(
+    module: nn.Module,
+    *,
+    task: Task,
+    data: Data,
+    training: Training,
+    label: str,
+    seed: int,
+    folder: Path,
+    layers: Sequence[str] = (),
+    views: int | None = None,
+    tell: Listener = silent,
+) -> tuple[Teacher | StoredTeacher, Data]:
+    """The source of a teacher's signals for the training called `label`, and the data to train on.
+
+    views: how many augmentations of each example the teacher is asked about, once; its answers are
+        kept in `folder`, and the data's training split goes through these views in turn. `None`: a
+        live teacher, unless examples aren't augmented: then each has one view, and stored answers
+        are the live ones.
+    layers: inner layers that are wanted; they come from a live teacher only.
+    Raises `UsageError` where `views` are asked for and can't be had.
+    """
+    split = data.train
+    if views is not None:
+        _require_storable(data, layers)
+    elif _never_changes(data) and not layers:
+        views = 1
+    passes = training.epochs if views is None else views
+    calls = passes * math.ceil(len(split) / training.batch_size)
+    teacher = Teacher(module, task, layers=layers, calls=calls, tell=tell)
+    if views is None:
+        return teacher, data
+    assert isinstance(split, ArraySplit)
+    split = split.with_views(views)
+    stored = StoredTeacher(
+        teacher,
+        split,
+        views=views,
+        seed=augmentation_seed(seed, label),
+        folder=folder,
+        tell=tell,
+    )
+    return stored, replace(data, train=split)
+
+
+def _require_storable(data: Data, layers: Sequence[str]) -> None:
+    if layers:
+        raise UsageError(
+            f"distill: `views` keeps the teacher's answers, not its inner layer {layers[0]!r}: "
+            "leave `views` out, or the criteria on inner layers"
+        )
+    if not isinstance(data.train, ArraySplit):
+        raise UsageError("distill: `views` needs examples that Attar holds in memory")
+
+
+def _never_changes(data: Data) -> bool:
+    """Whether every epoch shows the same examples, and their answers are small enough to keep."""
+    split = data.train
+    if not isinstance(split, ArraySplit) or split.augmentation:
+        return False
+    return len(split) * max(1, len(data.classes)) * 4 <= STORED_UNASKED
