@@ -111,9 +111,10 @@ def full_disk_as_error(place: Path) -> Iterator[None]:
 
 def _is_full(error: Exception) -> bool:
     numbers = (errno.ENOSPC, errno.EDQUOT)
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno is not None:
         return error.errno in numbers
-    return any(f"(os error {number})" in str(error) for number in numbers)  # safetensors', in words
+    # in words: safetensors' errors, and those that shutil.copytree collects
+    return any(f"os error {n})" in str(error) or f"[Errno {n}]" in str(error) for n in numbers)
 
 
 @contextmanager
