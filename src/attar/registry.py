@@ -10,6 +10,7 @@ import difflib
 import importlib
 import inspect
 import pkgutil
+import re
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -26,6 +27,17 @@ def near(name: str, names: list[str]) -> str:
     if close:
         return "; did you mean " + " or ".join(repr(c) for c in close) + "?"
     return "; known: " + ", ".join(sorted(names)) if names else ""
+
+
+def first_sentence(text: str) -> str:
+    """The first sentence of a text's first paragraph, on one line.
+
+    Example:
+        >>> first_sentence("Keeps what\\nmatters. The rest goes.")
+        'Keeps what matters.'
+    """
+    paragraph = " ".join(text.strip().split("\n\n")[0].split())
+    return re.split(r"(?<=[.!?])\s+(?=[A-Z])", paragraph, maxsplit=1)[0]
 
 
 class Registry(Generic[T]):
@@ -73,10 +85,8 @@ class Registry(Generic[T]):
         return sorted(self._parts)
 
     def describe(self) -> dict[str, str]:
-        """Name → first line of the part's own docstring."""
-        return {
-            name: (inspect.getdoc(self.get(name)) or "").split("\n")[0] for name in self.names()
-        }
+        """Name → first sentence of the part's own docstring."""
+        return {name: first_sentence(inspect.getdoc(self.get(name)) or "") for name in self.names()}
 
     def _import_own_file(self, name: str) -> None:
         """Imports the file called like the part, if there is one: a machine that only answers can
