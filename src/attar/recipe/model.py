@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, Any
 
 from pydantic import (
@@ -19,6 +18,7 @@ from pydantic import (
 
 from attar.data.config import DataConfig
 from attar.errors import UsageError
+from attar.files import is_reference
 from attar.recipe.units import parse_share, parse_size
 from attar.registry import Registry
 from attar.runtimes.base import GraphPasses, runtimes
@@ -57,18 +57,13 @@ def _written(stage: Stage) -> dict[str, Any]:
 StageField = Annotated[Stage, PlainValidator(stage_of), PlainSerializer(_written)]
 
 
-def _known(registry: Registry[Any]) -> Callable[[str], str]:
-    """A validator: the name is in the registry, or comes from a person's `file.py:Name`."""
-
-    def check(name: str) -> str:
-        if ".py:" not in name:
-            try:
-                registry.get(name)
-            except UsageError as error:
-                raise ValueError(str(error)) from None
-        return name
-
-    return check
+def _registered(registry: Registry[Any], name: str) -> str:
+    """The name, which the registry knows. Raises `ValueError`."""
+    try:
+        registry.get(name)
+    except UsageError as error:
+        raise ValueError(str(error)) from None
+    return name
 
 
 class Part(BaseModel):
@@ -143,7 +138,7 @@ class Deploy(Part):
     @field_validator("runtime")
     @classmethod
     def _runtime_exists(cls, name: str) -> str:
-        return _known(runtimes)(name)
+        return _registered(runtimes, name)
 
 
 class Budget(Part):
@@ -186,7 +181,7 @@ class Recipe(Part):
     @field_validator("task")
     @classmethod
     def _task_exists(cls, name: str) -> str:
-        return _known(tasks)(name)
+        return name if is_reference(name) else _registered(tasks, name)
 
     @field_validator("stages")
     @classmethod
