@@ -689,7 +689,9 @@ def test_epochs_are_told_and_logged(data, tmp_path):
     assert [{k: e[k] for k in history[0]} for e in epochs] == history
     for number, event in enumerate(epochs, start=1):
         assert (event["label"], event["epoch"], event["epochs"]) == ("teacher", number, 2)
-        assert event["metric"]["name"] == "accuracy" and 0 <= event["metric"]["value"] <= 1
+        metric = event["metric"]
+        assert (metric["name"], metric["unit"]) == ("accuracy", "fraction")
+        assert 0 <= metric["value"] <= 1
         assert event["seconds"] >= 0 and event["eta_s"] >= 0
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [{k: v for k, v in line.items() if k != "time"} for line in lines] == epochs

@@ -6,8 +6,8 @@ Events, by `event`, and their fields:
 - `stage`: name, index, of, cached (taken from the store instead of computed).
 - `step`: label, epoch, epochs, step, steps, loss (`None` where nothing is being trained). Live
   progress, at most a few a second.
-- `epoch`: label, epoch (from 1), epochs, loss, terms (name to value), metric (name, value; on
-  validation), lr, seconds, eta_s, best (whether this epoch is the best so far).
+- `epoch`: label, epoch (from 1), epochs, loss, terms (name to value), metric (name, unit,
+  value; on validation), lr, seconds, eta_s, best (whether this epoch is the best so far).
 - `trial`: of a search (`ratio: auto`): setting, value, metric, drop, kept (whether the budget
   holds).
 - `row`: row, a ledger row as in `ledger.json`.

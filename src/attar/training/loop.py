@@ -197,7 +197,11 @@ class _Run:
             "epochs": self.training.epochs,
             "loss": sum(terms.values()),
             "terms": terms,
-            "metric": {"name": self.task.metric.name, "value": value},
+            "metric": {
+                "name": self.task.metric.name,
+                "unit": self.task.metric.unit,
+                "value": value,
+            },
             "lr": self.optimizer.param_groups[0]["lr"],
             "seconds": round(seconds, 3),
             "best": better,
