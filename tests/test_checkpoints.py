@@ -193,9 +193,8 @@ def test_a_checkpoint_without_weights_says_what_it_holds(tmp_path: Path, content
         load_checkpoint(network(), tmp_path / "w.pth")
 
 
-@pytest.mark.skipif("ATTAR_DATA" not in os.environ, reason="ATTAR_DATA names no data folder")
-def test_the_published_resnet56_loads() -> None:
-    path = Path(os.environ["ATTAR_DATA"]) / "checkpoints" / "resnet56-4bfd9763.th"
+def test_the_published_resnet56_loads(attar_data: Path) -> None:
+    path = attar_data / "checkpoints" / "resnet56-4bfd9763.th"
     teacher = build(ModelSpec(model="cifar-resnet56"), channels=3, classes=10)
     load_checkpoint(teacher, path)
     stored = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]

@@ -512,9 +512,7 @@ def test_a_source_from_a_persons_file_runs_once_allowed(tmp_path, monkeypatch):
 # --- real data
 
 
-real = pytest.mark.skipif(
-    "ATTAR_DATA" not in os.environ, reason="ATTAR_DATA names no folder of real data sets"
-)
+real = pytest.mark.usefixtures("attar_data")
 
 
 @real
