@@ -62,17 +62,21 @@ def execute(
     tell: Listener = silent,
     store: Store | None = None,
 ) -> Run:
-    """Does the job and writes its folder (design: `recipe.yaml`, `ledger.json`, `report.html`,
-    `bundle/`, `student/`, `stages/`, `log.jsonl`). What the store holds is not computed again.
+    """Does the job and writes its folder: `recipe.yaml`, `ledger.json`, `report.html`, `bundle/`,
+    `student/`, `stages/`, `log.jsonl`. What the store holds is not computed again.
 
     Raises the `AttarError` of whatever goes wrong; what was finished stays in the store, and the
-    same call goes on from there.
+    same call goes on from there. Networks that don't fit the data are refused before anything is
+    written.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError(
             "a run is one process: start it without torchrun or accelerate launch "
             "(attar.training.loop.train is what trains in several)"
         )
+    for origin, who in ((job.teacher, "teacher"), (job.student, "student")):
+        if origin is not None:
+            require_answers(job, origin.fresh(job.seed), who)
     with sole_writer(folder), full_disk_as_error(folder):
         return _Execution(job, folder, store or Store(), tell).run()
 
@@ -98,7 +102,6 @@ class _Execution:
         write_whole(self.folder / "recipe.yaml", job.text)
         for note in job.data.notes:
             self.note(note)
-        self.require_answers()
         teacher, teacher_key = self.teacher()
         self.teacher_row(teacher, teacher_key)
         self.plain_rows(teacher, teacher_key)
@@ -113,13 +116,6 @@ class _Execution:
         return self.finish(student)
 
     # -- networks -------------------------------------------------------------------------------
-
-    def require_answers(self) -> None:
-        """Finds out, before anything long, whether both networks can answer about the data."""
-        job = self.job
-        require_answers(job, job.teacher.fresh(job.seed), "teacher")
-        if job.student is not None:
-            require_answers(job, job.student.fresh(job.seed), "student")
 
     def teacher(self) -> tuple[Student, str]:
         """The teacher: as handed in or loaded, else trained; then prepared by stages."""
