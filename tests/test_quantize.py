@@ -22,6 +22,7 @@ from attar.quantize import Scheme, quantize, quantized_reference, ranges, safe_o
 from attar.quantize.cpu import saturates
 from attar.quantize.ranges import Histogram
 from attar.runtimes.onnxruntime import OnnxRuntime
+from attar.runtimes.onnxruntime_graph import optimise_file
 from attar.runtimes.onnxruntime_profile import operators
 from attar.share import share_weights
 from attar.student import Student, save_student
@@ -194,8 +195,21 @@ def test_named_layers_stay_float(images, tmp_path):
     assert found["QLinearConv"] == 3 and found["QGemm"] == 1, found
     assert sum(found[op] for op in ("Conv", "FusedConv")) == 1
     assert sum(found[op] for op in ("Gemm", "FusedGemm")) == 1
-    everything = quantized(student_of(Network), images, float_layers=("*",))
-    assert quantized_reference(everything.edits, everything.module, (images,), SHAPES) is None
+
+
+def test_a_network_all_in_float_keeps_its_weights_in_bytes(images, tmp_path):
+    student = student_of(Network)
+    exported(student, tmp_path / "before", images)
+    small = quantized(student, images, float_layers=("*",))
+    answers = exported(small, tmp_path / "after", images)
+    assert counted(tmp_path / "after") <= counted(tmp_path / "before"), "loading undoes the bytes"
+    assert np.allclose(answers, reference(small, images).numpy(), atol=1e-4)
+    before, after = ((tmp_path / f / "model.onnx").stat().st_size for f in ("before", "after"))
+    assert optimise_file(tmp_path / "after" / "model.onnx", [images.numpy()])
+    assert (tmp_path / "after" / "model.onnx").stat().st_size < 1.1 * after
+    assert after < before - 0.6 * sum(
+        p.numel() * 4 for p in student.module.parameters() if p.dim() > 1
+    )
 
 
 def test_a_fresh_process_makes_the_same_graph(images, tmp_path, tiny_net):

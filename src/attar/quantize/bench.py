@@ -32,14 +32,13 @@ COMPUTE = {
 class RuntimeBench:
     """Exports what it is asked about into a folder, once each, and measures it.
 
-    quantized: makes the student with these layers left in float. names: input and output names.
+    quantized: makes the student with these layers left in float, all for `*`.
     inputs: one batch as the model is deployed to answer it.
     """
 
     def __init__(
         self,
         runtime: Runtime,
-        student: Student,
         quantized: Callable[[tuple[str, ...]], Student],
         folder: Path,
         *,
@@ -48,7 +47,7 @@ class RuntimeBench:
         inputs: tuple[np.ndarray, ...],
         threads: int = 1,
     ) -> None:
-        self._runtime, self._student, self._quantized = runtime, student, quantized
+        self._runtime, self._quantized = runtime, quantized
         self._folder, self._inputs, self._threads = folder, inputs, threads
         self._example, self._dynamic_shapes = example, dynamic_shapes
         self._exported: dict[tuple[str, ...], Path] = {}
@@ -87,9 +86,8 @@ class RuntimeBench:
     def _export(self, float_layers: tuple[str, ...]) -> Path:
         if float_layers not in self._exported:
             folder = self._folder / str(len(self._exported))
-            student = self._student if "*" in float_layers else self._quantized(float_layers)
             self._runtime.export(
-                student,
+                self._quantized(float_layers),
                 folder,
                 example=self._example,
                 dynamic_shapes=self._dynamic_shapes,

@@ -52,8 +52,7 @@ def _share_grid(grid: PerChannelWeight, weight: Tensor) -> None:
     batch norm's factor, and the scale follows: equal weights stay equal integers."""
     own = weight.abs().flatten(1).amax(1)
     factor = torch.where((own > 0) & (grid.largest > 0), grid.largest / own, 1.0)
-    scale = factor * own.max() / grid.quant_max
-    grid.fix(scale, torch.zeros_like(scale, dtype=torch.int64))
+    grid.spread(factor * own.max())
 
 
 def _make_room_for_bias(prepared: GraphModule, modules: dict[str, Any], layer: Node) -> None:

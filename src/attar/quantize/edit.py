@@ -20,9 +20,9 @@ class Scheme:
     """What is quantized, and how.
 
     runtime: whose kernels the graph is made for. weight_bits: 8, or 7 for processors whose 8-bit
-    products overflow; by default, as this one needs. float_layers: paths of modules that stay
-    float with all inside them; `*` means everything. observer, calibration: how the grids were
-    chosen, from how many examples.
+    products overflow; by default, as this one needs. float_layers: paths of modules that compute
+    in float with all inside them, their weights stored in 8 bits; `*` means everything. observer,
+    calibration: how the grids were chosen, from how many examples.
     """
 
     runtime: str = "onnxruntime"
@@ -94,12 +94,10 @@ class Quantized(Edit):
         example: tuple[Any, ...],
         dynamic_shapes: tuple[dict[int, Any], ...],
     ) -> nn.Module | None:
-        """The converted PT2E graph; `None` where the whole network stays float.
+        """The converted PT2E graph.
 
         Raises `CheckpointError` when the network's graph is not the one that was quantized.
         """
-        if self.scheme.all_float:
-            return None
         from attar.quantize.pt2e import convert, grids_of, prepare
 
         prepared = prepare(module, example, dynamic_shapes, self.scheme)
@@ -115,7 +113,7 @@ class Quantized(Edit):
 
     def summary(self) -> str:
         if self.scheme.all_float:
-            return "int8 does not pay here: every layer stays float"
+            return "computes in float, where int8 is not faster; weights stored in 8 bits"
         kept = len(self.scheme.float_layers)
         bits = self.scheme.weight_bits
         text = f"int8, {bits}-bit weights (safe on {safe_on(bits)})"

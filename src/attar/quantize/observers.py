@@ -92,6 +92,10 @@ class PerChannelWeight(Grid):
 
     def settle(self) -> None:
         # A channel of zeros has no scale of its own, but its bias is counted in steps of one.
-        largest = torch.where(self.largest > 0, self.largest, self.largest.max())
-        scale = (largest / self.quant_max).clamp_min(SMALLEST_SCALE)
-        self.fix(scale, torch.zeros_like(scale, dtype=torch.int64))
+        self.spread(torch.where(self.largest > 0, self.largest, self.largest.max()))
+
+    def spread(self, largest: Tensor) -> None:
+        """Sets the grid so that it reaches these magnitudes, (channels,)."""
+        middle = (self.quant_min + self.quant_max) // 2
+        scale = (largest / (self.quant_max - middle)).clamp_min(SMALLEST_SCALE)
+        self.fix(scale, torch.full_like(scale, middle, dtype=torch.int64))

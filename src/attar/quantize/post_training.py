@@ -32,7 +32,8 @@ def quantize(
         ...     student, Scheme(), batches, example=(x,), dynamic_shapes=({0: Dim("batch")},)
         ... )
     """
-    grids = {} if scheme.all_float else _grids(student, scheme, examples, example, dynamic_shapes)
+    seen = [example] if scheme.all_float else examples  # weights alone need no look at data
+    grids = _grids(student, scheme, seen, example, dynamic_shapes)
     return student.edited(Quantized(scheme, grids, weights_sha256(student.module)))
 
 
@@ -48,6 +49,11 @@ def _grids(
 
     prepared = prepare(student.module, example, dynamic_shapes, scheme)
     look(prepared, examples)
-    paths = {path for edit in student.edits for path in getattr(edit, "per_tensor_weights", set)()}
+    paths = shared_grids(student)
     settle(prepared, {p: student.module.get_parameter(p).detach().cpu() for p in paths})
     return {key: (grid.scale, grid.zero_point) for key, grid in grids_of(prepared).items()}
+
+
+def shared_grids(student: Student) -> set[str]:
+    """The weights, by path, that get one scale a tensor: their equal values must stay equal."""
+    return {path for edit in student.edits for path in getattr(edit, "per_tensor_weights", set)()}

@@ -59,7 +59,8 @@ class OnnxRuntimeQuantizer(Quantizer):
 
     activation, weight: make the observers, as `QuantizationSpec` wants them.
     weight_bits: 8, or 7 where a CPU's kernels would saturate (`attar.quantize.cpu`).
-    float_layers: paths of modules that stay float, with everything inside them.
+    float_layers: paths of modules that compute in float, with everything inside them; `*` means the
+    whole network. Their weights still lie on grids, so that they are stored in bytes.
 
     Each observer gets a `key` that outlives the graph: the module path and operator that makes its
     value, and a number where there are several (`layer1.0:relu`, `layer1.0:relu.1`); a weight's is
@@ -89,6 +90,14 @@ class OnnxRuntimeQuantizer(Quantizer):
             qscheme=torch.per_channel_symmetric,
             ch_axis=0,
         )
+        self._stored = QuantizationSpec(
+            torch.uint8,
+            weight,
+            quant_min=1,
+            quant_max=255,
+            qscheme=torch.per_channel_affine,
+            ch_axis=0,
+        )
         self._on_grid: set[Node] = set()
 
     def transform_for_annotation(self, model: GraphModule) -> GraphModule:
@@ -115,6 +124,7 @@ class OnnxRuntimeQuantizer(Quantizer):
             if self._carries(node, carriers):
                 carriers.add(node)
             if self._is_float(node):
+                self._mark_stored(node)
                 continue
             name = operator(node)
             if name in CONVOLUTIONS or name == "linear":
@@ -147,6 +157,8 @@ class OnnxRuntimeQuantizer(Quantizer):
 
     def _is_float(self, node: Node) -> bool:
         path = module_path(node)
+        if "*" in self._float_layers:
+            return True
         return any(path == layer or path.startswith(layer + ".") for layer in self._float_layers)
 
     def _wanted(self, nodes: list[Node]) -> set[Node]:
@@ -197,6 +209,13 @@ class OnnxRuntimeQuantizer(Quantizer):
             rank(node) == 2 and (end in wanted or end is not node)
         )
         self._mark(node, self._activation if keeps else None, inputs)
+
+    def _mark_stored(self, node: Node) -> None:
+        """A layer that computes in float keeps its weight in a byte: uint8 around 128, which tells
+        it from the int8 of integer kernels (see `onnxruntime_float`)."""
+        weight = argument(node, 1)
+        if operator(node) in CONVOLUTIONS | {"linear"} and is_constant(weight):
+            self._mark(node, None, {weight: self._stored})
 
     def _mark_move(self, node: Node) -> None:
         sources = _sources(node)

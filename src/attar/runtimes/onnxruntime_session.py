@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -66,10 +67,18 @@ def options(
     return made
 
 
-def load(path: Path, settings: ort.SessionOptions) -> ort.InferenceSession:
-    """Loads the file on the CPU. Raises `BundleError` with ONNX Runtime's own reason."""
+def load(
+    path: Path, settings: ort.SessionOptions, *, without: Collection[str] = ()
+) -> ort.InferenceSession:
+    """Loads the file on the CPU, without the named passes. Raises `BundleError` with ONNX Runtime's
+    own reason."""
     try:
-        return ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(
+            str(path),
+            settings,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=list(without),
+        )
     except Exception as error:  # onnxruntime's errors share no base class
         reason = str(error).strip().splitlines()[0]
         raise BundleError(f"ONNX Runtime can't load {path}: {reason}") from error

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import fnmatch
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from attar.distill import recovery_objective
+from attar.distill.signal import Source
 from attar.errors import UsageError
 from attar.quantize.bench import RuntimeBench
 from attar.quantize.cpu import WeightBits, safe_on, weight_bits
 from attar.quantize.edit import Scheme
 from attar.quantize.fallback import Decision, decide, telling
-from attar.quantize.post_training import quantize
+from attar.quantize.on_grid import OnGrid
+from attar.quantize.post_training import quantize, shared_grids
 from attar.quantize.ranges import ranges
 from attar.registry import near
 from attar.runtimes.base import runtimes
 from attar.stages.base import Context, Stage, stages
 from attar.student import Student
+from attar.training.config import Training
 
 CALIBRATION_BATCH = 64
 
@@ -32,7 +36,8 @@ class Quantize(Stage):
     channel, calibrated after training on a look at training examples.
 
     The graph is made for the deploy runtime, so that it fuses into int8 kernels completely. Layers
-    that are measured to lose stay float, and if int8 is not faster as a whole, everything does.
+    that are measured to lose compute in float, and if int8 is slower as a whole, everything does;
+    their weights are stored in 8 bits all the same, which costs no time.
     """
 
     name: ClassVar[str] = "quantize"
@@ -53,10 +58,13 @@ class Quantize(Stage):
     """8, or 7 where 8-bit products overflow: x86 without VNNI. `auto` asks this machine; 7 is safe
     anywhere."""
     float_layers: list[str] = Field(default_factory=list)
-    """Layers that stay float, by path, with all inside them; `*` stands for anything."""
+    """Layers that compute in float, by path, with all inside them; `*` stands for anything."""
+    recover: Training | None = None
+    """Fine-tuning against the teacher with the weights rounded to their grid in every step, before
+    the activations' grids are chosen; the network itself stays float."""
     fallback: Literal["auto", "off"] = "auto"
-    """`auto`: layers that lose time in int8 stay float, as measured in the runtime. `off`: only
-    `float_layers` do."""
+    """`auto`: layers that lose time in int8 compute in float, as measured in the runtime. `off`:
+    only `float_layers` do."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Quantize:
@@ -89,13 +97,28 @@ class Quantize(Stage):
         if self.fallback == "off" or "*" in layers:
             said = [{"layer": layer, "why": "the recipe says so"} for layer in layers]
             run.found["float_layers"] = said
+        else:
+            decision = self._decided(quantized, layers, run)
+            run.found.update(decision.found())
+            layers = decision.float_layers
+        if self.recover is None:
             return quantized(layers)
-        decision = self._decided(student, quantized, layers, run)
-        run.found.update(decision.found())
-        return quantized(decision.float_layers)
+        recovered = self._recovered(student, self.recover, scheme.weight_bits, run)
+        return self._quantized(recovered, replace(scheme, float_layers=layers), run)
+
+    def _recovered(self, student: Student, training: Training, bits: int, run: Context) -> Student:
+        source: Source | None = None
+        if run.teacher is not None:
+            source, run = run.taught(run.teacher, training, "recover")
+        inner = recovery_objective(run.task, source, training)
+        objective = OnGrid(inner, bits=bits, per_tensor=shared_grids(student))
+        return run.train(student, training, objective)
 
     def _decided(
-        self, student: Student, quantized: Any, layers: tuple[str, ...], run: Context
+        self,
+        quantized: Callable[[tuple[str, ...]], Student],
+        layers: tuple[str, ...],
+        run: Context,
     ) -> Decision:
         example = run.task.example(run.data)
         batch = next(iter(run.data.validation.batches(run.batch)))
@@ -104,7 +127,6 @@ class Quantize(Stage):
         with tempfile.TemporaryDirectory() as folder:
             bench = RuntimeBench(
                 runtimes.get(run.runtime)(),
-                student,
                 quantized,
                 Path(folder),
                 example=example,
