@@ -64,3 +64,11 @@ def tiny_net():
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory: pytest.TempPathFactory):
+    """A finished run of a tiny recipe with every stage: `WholeRun`. It is only looked at."""
+    from run_fixture import whole_run_in
+
+    return whole_run_in(tmp_path_factory.mktemp("whole"))
