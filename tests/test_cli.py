@@ -29,6 +29,16 @@ stages:
 budget: {max_drop: 50%, size: 1GB}
 """
 
+OWN_NETWORK = """\
+from torch import nn
+
+def net():
+    convolution = nn.Conv2d(1, 16, 3, padding=1)
+    return nn.Sequential(
+        convolution, nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(256, 10)
+    )
+"""
+
 
 def attar(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(a) for a in arguments])
@@ -277,6 +287,35 @@ def test_what_init_writes_runs_as_it_is(tmp_path: Path, monkeypatch: pytest.Monk
     result = attar("run", "recipe.yaml")
     assert result.exit_code in (0, 3), result.output
     assert (tmp_path / "runs" / "recipe" / "bundle" / "predict.py").is_file()
+
+
+@pytest.mark.long
+def test_a_network_of_ones_own_and_a_folder_of_images_become_a_bundle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    monkeypatch.chdir(tmp_path)
+    digits = load_digits()
+    for i, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+        folder = Path("photos", "test" if i % 4 == 0 else "train", str(label))
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((pixels * 255 / 16).astype("uint8")).save(folder / f"{i}.png")
+    Path("nets.py").write_text(OWN_NETWORK)
+    code = "import nets, torch; torch.save(nets.net().state_dict(), 'mine.pt')"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+    arguments = ("-m", "nets.py:net", "-c", "mine.pt", "-d", "photos")
+    assert attar("init", "image-classification", *arguments).exit_code == 0
+    refused = attar("check", "recipe.yaml")
+    assert (refused.exit_code, "--trust" in refused.stderr) == (2, True)
+    checked = json_of(attar("check", "recipe.yaml", "--trust", "--json"))
+    assert checked["data"]["shape"] == [1, 8, 8]
+    result = attar("run", "recipe.yaml", "--trust")
+    assert result.exit_code in (0, 3), result.output
+    answer = attar("predict", "runs/recipe", next(Path("photos/test/7").iterdir()))
+    assert (answer.exit_code, answer.stdout.split()[0].isdigit()) == (0, True), answer.output
 
 
 def shown(events: list[dict[str, Any]], *, terminal: bool) -> str:

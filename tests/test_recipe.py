@@ -312,3 +312,24 @@ def test_a_starting_recipe_loads_and_keeps_its_reasons(tmp_path: Path) -> None:
         write_starting_recipe(out, **arguments)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="did you mean 'resnet18'"):
         write_starting_recipe(tmp_path / "b.yaml", **{**arguments, "model": "resnet19"})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("other", "size"), [((8, 8), None), ((12, 10), 224)])
+def test_a_network_of_ones_own_takes_images_as_they_are(
+    tmp_path: Path, other: tuple[int, int], size: int | None
+) -> None:
+    from PIL import Image
+
+    for name, shape in (("cat", (8, 8)), ("dog", other)):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        Image.new("L", shape).save(tmp_path / "photos" / name / "1.png")
+    (tmp_path / "nets.py").write_text("def net(): ...\n")
+    out = tmp_path / "mine.yaml"
+    write_starting_recipe(
+        out,
+        task="image-classification",
+        model=str(tmp_path / "nets.py:net"),
+        data=str(tmp_path / "photos"),
+    )
+    assert load_recipe(out).data.size == size
+    assert ("images differ in size" in out.read_text()) == (size is not None)

@@ -91,14 +91,20 @@ def starting_recipe(
 def _preparation(model: str, data: Detected, *, trained: bool) -> list[str]:
     """Size, color, normalisation and where choices are made, each with its reason."""
     lines = []
+    own = is_reference(model)
     ours = model in models.names()
-    if size := _size(data, ours):
+    if size := _size(data, own=own, ours=ours):
+        if own:
+            lines += [
+                "  # The images differ in size, and your network gets them in one: write the size",
+                "  # it was made for, if that isn't this usual one.",
+            ]
         lines.append(f"  size: {size}  # images are cut to a square and scaled to this many pixels")
     if data.sizes:
         lines.append(f"  color: {'gray' if data.gray else 'rgb'}")
     if trained:
         lines += ["  # As in the model's own training: answers are worse with any other values."]
-    if trained and not ours and not is_reference(model) and not data.gray:
+    if trained and not ours and not own and not data.gray:
         lines.append(f"  normalize: {_yaml(IMAGENET)}")
     else:
         lines.append("  normalize: auto  # computed from train; or {mean: [...], std: [...]}")
@@ -112,13 +118,17 @@ def _preparation(model: str, data: Detected, *, trained: bool) -> list[str]:
     return lines
 
 
-def _size(data: Detected, ours: bool) -> int | None:
-    """One size for all images, where they differ or the network was made for another."""
-    if not data.sizes:
+def _size(data: Detected, *, own: bool, ours: bool) -> int | None:
+    """One size for all images, where they differ or the network was made for another.
+
+    own: the network is from the person's file. ours: it is one of Attar's.
+    """
+    alike = len(set(data.sizes)) == 1
+    if not data.sizes or (own and alike):
         return None
     if not ours:
         return LIBRARY_SIZE
-    if len(set(data.sizes)) == 1 and max(data.sizes[0]) <= LARGEST_OWN_SIZE:
+    if alike and max(data.sizes[0]) <= LARGEST_OWN_SIZE:
         return None
     short = int(median(min(size) for size in data.sizes))
     return max(8, min(LARGEST_OWN_SIZE, short // 8 * 8))
