@@ -112,6 +112,24 @@ def cached(events: list[Event]) -> dict[str, bool]:
     return {e["name"]: e["cached"] for e in events if e["event"] == "stage"}
 
 
+class Enough(Exception):
+    """The run got as far as the test wants to see."""
+
+    def __init__(self, event: Event) -> None:
+        super().__init__(event)
+        self.event = event
+
+
+def stop_at(kind: str, **fields: Any) -> Callable[[Event], None]:
+    """A listener that ends the run at an event."""
+
+    def tell(event: Event) -> None:
+        if event["event"] == kind and fields.items() <= event.get("row", event).items():
+            raise Enough(event)
+
+    return tell
+
+
 # -- processes ----------------------------------------------------------------------------------
 
 

@@ -31,6 +31,7 @@ from attar.store import sole_writer
 from attar.student import Student
 from run_fixture import (
     TINY,
+    Enough,
     Event,
     WholeRun,
     cached,
@@ -40,6 +41,7 @@ from run_fixture import (
     logged,
     run_recipe,
     run_until,
+    stop_at,
     write_recipe,
 )
 
@@ -185,21 +187,6 @@ def test_a_full_disk_is_said_and_the_run_goes_on_once_there_is_room(
         run_recipe(recipe, tmp_path / "run", tell=stop_at("row", stage="teacher"), resume=True)
 
 
-class Enough(Exception):
-    """The run got as far as the test wants to see."""
-
-
-def stop_at(kind: str, **fields: Any) -> Callable[[Event], None]:
-    """Ends a run at an event."""
-
-    def tell(event: Event) -> None:
-        inner = event.get("row", event)
-        if event["event"] == kind and fields.items() <= inner.items():
-            raise Enough
-
-    return tell
-
-
 def test_a_log_line_cut_off_by_a_full_disk_is_passed_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,7 +197,7 @@ def test_a_log_line_cut_off_by_a_full_disk_is_passed_over(
         if event["event"] == "epoch" and event["epoch"] == 2:
             (log,) = (tmp_path / "cache").rglob("events.jsonl")
             log.write_text(log.read_text() + '{"event": "epo\n')
-            raise Enough
+            raise Enough(event)
 
     with pytest.raises(Enough):
         run_recipe(recipe, tmp_path / "run", tell=cut)
