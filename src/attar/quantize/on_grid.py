@@ -19,11 +19,11 @@ class OnGrid(Objective):
     """Another objective, asked of the network with its weights rounded to their integer grid.
 
     Each convolution's and linear layer's weight is rounded as the quantized graph will round it: to
-    `bits` bits, symmetric, with a scale an output channel (a tensor, where `per_tensor` names it);
-    a batch norm that follows scales a channel as a whole and doesn't change that. Gradients pass
-    the rounding as if it were not there (straight-through estimator, Bengio et al. 2013, section
-    4), so the network that is trained stays a float one. Activations are computed in float: their
-    grids are chosen after the training.
+    `bits` bits (±64 steps for 7, ±127 for 8), symmetric, with a scale an output channel, or a
+    tensor where `per_tensor` names it; a batch norm that follows scales a channel as a whole and
+    doesn't change that. Gradients pass the rounding as if it were not there (straight-through
+    estimator, Bengio et al. 2013, section 4), so the network that is trained stays a float one.
+    Activations are computed in float: their grids are chosen after the training.
 
     Example:
         >>> objective = OnGrid(recovery_objective(task, teacher, training))  # doctest: +SKIP
@@ -39,7 +39,7 @@ class OnGrid(Objective):
     ) -> None:
         super().__init__()
         self.inner = inner
-        self._largest = 2 ** (bits - 1) - 1
+        self._largest = min(127, 2 ** (bits - 1))
         self._per_tensor = frozenset(per_tensor)
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
