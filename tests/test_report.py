@@ -85,7 +85,9 @@ def test_figures_on_the_page_are_the_ledgers(tmp_path):
         "215,540 not zero",
         "99.61 %",  # agreement
         "3.0e-04 100 % same",  # parity
-        "auc 0.9993",
+        "12,345 6,172 not zero 210,000 MACs",
+        "Further metrics: balanced accuracy, AUC",
+        "deploy 0.9911 0.9993",
         "3.12× the runtime alone 3.05 to 3.18×",
         "3.95× compression",
         "79.9× smaller and 12.3× faster than the teacher.",
@@ -122,6 +124,45 @@ def test_the_budgets_verdict_distinguishes_met_from_certain(tmp_path):
     judged["budget"] |= {"met": False, "certain": False}
     judged["budget"]["figures"][1] |= {"value": 0.3, "met": False, "certain": False}
     assert "Budget not met: one answer" in page_of(write_run(tmp_path, ledger=judged)).text
+
+
+def test_factors_that_were_estimated_apart_are_not_called_a_product(tmp_path):
+    paired = page_of(write_run(tmp_path)).text
+    assert "12.3× as fast as the teacher (12.1 to 12.5×)" in paired
+    assert "they don’t multiply exactly" in paired
+    alone = ledger()
+    del alone["speedup"]
+    text = page_of(write_run(tmp_path, ledger=alone)).text
+    assert "That is 12.3× in all." in text and "paired" not in text
+
+
+@pytest.mark.parametrize(
+    ("choice", "said"),
+    [
+        ({"form": "original"}, "answers as it is"),
+        (
+            {"form": "original", "seconds": {"original": 0.02, "channels-last": 0.03}},
+            "answers as it is, no slower than as channels-last",
+        ),
+        (
+            {"form": "bfloat16", "seconds": {"original": 0.04, "bfloat16": 0.01}, "views": 1},
+            "answers as bfloat16, 4.0× as fast as the original; one view of each example stored",
+        ),
+    ],
+)
+def test_how_the_teacher_answered_is_a_sentence(tmp_path, choice, said):
+    told = details() | {"found": {"01-distill": {"teacher": choice}}}
+    text = page_of(write_run(tmp_path, details=told)).text
+    assert re.search(rf"distill teacher {re.escape(said)} (?!stored|;)", text)
+
+
+def test_what_was_found_is_never_raw_json(tmp_path):
+    page = page_of(write_run(tmp_path))
+    section = page.text[page.text.index("What was adjusted") : page.text.index("Inside the")]
+    assert "answers as channels-last, 1.3× as fast" in section
+    assert "8 views of each example stored" in section
+    assert "int8 over float ratio 0.81 tried float layers ratio none 1.12" in section
+    assert not set('{}"') & set(section)
 
 
 def test_a_larger_slower_model_is_called_so(tmp_path):

@@ -19,7 +19,7 @@ def adjusted(run: RunRecord) -> list[dict[str, Any]]:
             continue
         tried = values.get("tried")
         trials = _trials(tried, run) if isinstance(tried, list) else None
-        rest = {k: v for k, v in values.items() if not (k == "tried" and trials)}
+        rest = {k: _said(k, v) for k, v in values.items() if not (k == "tried" and trials)}
         number, _, stage = str(place).partition("-")
         title = stage if number.isdigit() and stage else str(place)
         sections.append({"title": title, "trials": trials, "values": shown(rest)})
@@ -97,6 +97,24 @@ def _trials(tried: Iterable[Any], run: RunRecord) -> dict[str, Any] | None:
     }
 
 
+def _said(key: str, value: Any) -> Any:
+    """The teacher's fastest form as a sentence; all else as it is."""
+    if key != "teacher" or not isinstance(value, dict) or "form" not in value:
+        return value
+    form, seconds, views = value["form"], value.get("seconds") or {}, value.get("views")
+    factor = numbers.ratio(seconds.get("original"), seconds.get(form))
+    said = "answers as it is" if form == "original" else f"answers as {form}"
+    if form != "original" and factor is not None:
+        said += f", {factor:.1f}× as fast as the original"
+    elif len(seconds) > 1:
+        said += f", no slower than as {' or '.join(k for k in seconds if k != 'original')}"
+    return f"{said}; {_views(views)} stored" if isinstance(views, int) else said
+
+
+def _views(count: int) -> str:
+    return "one view of each example" if count == 1 else f"{count} views of each example"
+
+
 def _block(name: str, value: Any) -> dict[str, Any]:
     if isinstance(value, dict):
         rows = [{"": k, **v} for k, v in value.items() if isinstance(v, dict)]
@@ -108,6 +126,7 @@ def _block(name: str, value: Any) -> dict[str, Any]:
                 "name": name,
                 "pairs": [(k, plain(v)) for k, v in value.items()],
             }
+        return {"kind": "group", "name": name, "blocks": shown(value)}
     if isinstance(value, list):
         if all(_scalar(v) for v in value):
             return {"kind": "list", "name": name, "items": [plain(v) for v in value]}

@@ -45,6 +45,7 @@ def render_run(run: RunRecord) -> str:
         split=verdict.split(run),
         budget=verdict.budget(run),
         rows=sections.ledger(run),
+        further=sections.further(run),
         pictures=sections.pictures(run),
         classes=sections.classes(run),
         wrong=sections.wrong(run),

@@ -10,12 +10,14 @@ from markupsafe import Markup
 
 from attar.report import numbers
 from attar.report.charts import Point, scatter
+from attar.report.found import human
 from attar.report.record import BASELINES, RunRecord
 from attar.report.verdict import p50, size_of, unit_of
 
 MOST_LOST = 12
 """Classes shown at once; the others are folded away."""
 PICTURE = re.compile(r"data:image/(png|jpeg|gif|webp);base64,[A-Za-z0-9+/=]+")
+ABBREVIATIONS = {"auc": "AUC"}
 WIDTHS = {"wide": (560, 380), "narrow": (348, 330)}
 """Every scatter plot is drawn twice; the page shows the one that fits."""
 
@@ -136,9 +138,8 @@ def _ledger_row(row: dict[str, Any], run: RunRecord) -> dict[str, Any]:
         "drop": "" if is_teacher else numbers.difference(drop.get("value"), unit),
         "drop_span": numbers.span(drop, numbers.difference, unit),
         "agreement": numbers.metric(row["agreement"]) if "agreement" in row else "",
-        "further": _further(row, metric, run),
         "parameters": numbers.count(row.get("parameters")),
-        "nonzero": numbers.count(row.get("nonzero")),
+        "nonzero": _fewer(row.get("nonzero"), row.get("parameters")),
         "macs": numbers.count(row.get("macs")),
         "size": numbers.size(size_of(row)),
         "size_ratio": numbers.compared(size_of(teacher), size_of(row), "smaller", "larger"),
@@ -155,10 +156,35 @@ def _ledger_row(row: dict[str, Any], run: RunRecord) -> dict[str, Any]:
     }
 
 
-def _further(row: dict[str, Any], metric: dict[str, Any], run: RunRecord) -> list[str]:
-    elsewhere = (run.details.get("further") or {}).get(str(row.get("index")))
-    further = metric.get("further") or elsewhere or {}
-    return [f"{name} {value:.4f}" for name, value in further.items() if numbers.known(value)]
+def further(run: RunRecord) -> dict[str, Any] | None:
+    """What the task measures beside its metric, on test: a table with a row a stage."""
+    values = [((row.get("metric") or {}).get("further") or {}) for row in run.rows]
+    names = list(dict.fromkeys(name for one in values for name in one))
+    if not names:
+        return None
+    return {
+        "kind": "table",
+        "columns": ["stage", *(_metric_name(name) for name in names)],
+        "numeric": [False, *(True for _ in names)],
+        "rows": [
+            [str(row.get("stage", "")), *(_four_decimals(one.get(name)) for name in names)]
+            for row, one in zip(run.rows, values, strict=True)
+        ],
+    }
+
+
+def _metric_name(key: str) -> str:
+    """`balanced_accuracy` as words, `auc` as the abbreviation it is."""
+    return ABBREVIATIONS.get(key, human(key))
+
+
+def _four_decimals(value: Any) -> str:
+    return f"{value:.4f}" if numbers.known(value) else numbers.ABSENT
+
+
+def _fewer(nonzero: Any, parameters: Any) -> str:
+    """How many parameters aren't zero, where some are."""
+    return numbers.count(nonzero) if numbers.known(nonzero) and nonzero != parameters else ""
 
 
 def metric_value(row: dict[str, Any]) -> float | None:

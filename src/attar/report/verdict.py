@@ -42,7 +42,11 @@ class Factor:
 
 @dataclass(frozen=True)
 class Split:
-    """Where a speed-up comes from: factors, and the times they lead through."""
+    """Where a speed-up comes from: factors, and the times they lead through.
+
+    Each factor that was timed in pairs is an estimate of its own, so that they don't multiply to
+    the total exactly.
+    """
 
     total: Factor
     runtime: Factor
@@ -50,6 +54,11 @@ class Split:
     teacher_ms: float
     exported_ms: float
     final_ms: float
+
+    @property
+    def paired(self) -> bool:
+        """Whether the factors were timed in pairs, rather than taken from medians."""
+        return bool(self.total.span)
 
 
 def p50(row: dict[str, Any] | None) -> float | None:
@@ -137,7 +146,8 @@ def tiles(run: RunRecord) -> list[Tile]:
 
 
 def split(run: RunRecord) -> Split | None:
-    """The speed-up as runtime times compression; `None` where a row is missing."""
+    """The speed-up, and what of it the runtime and compression gave; `None` where a row is
+    missing."""
     teacher, exported, final = p50(run.teacher), p50(run.row("exported")), p50(run.final)
     if teacher is None or exported is None or final is None or not run.finished:
         return None
