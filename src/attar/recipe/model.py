@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import (
@@ -200,12 +201,14 @@ class Recipe(Part):
                 f"the student {self.student.model!r} starts with random weights and no stage "
                 "teaches it: put `distill` first, or give its `checkpoint`"
             )
+        if self.student is None:  # a copy of the teacher has been through what prepared it
+            _check_order(self.stages, after=self.teacher.prepare)
         return self
 
 
-def _check_order(chain: list[Stage]) -> None:
+def _check_order(chain: list[Stage], after: Sequence[Stage] = ()) -> None:
     for place, stage in enumerate(chain):
-        for earlier in chain[:place]:
+        for earlier in (*after, *chain[:place]):
             if earlier.name in stage.not_after:
                 raise ValueError(
                     f"{stage.name} (stage {place + 1}) can't come after {earlier.name}: "
