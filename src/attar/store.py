@@ -23,6 +23,8 @@ from safetensors import SafetensorError
 
 from attar.errors import StorageError
 
+RUN_FILES = ("recipe.yaml", "ledger.json", "log.jsonl", "details.json", "report.html")
+
 
 def cache_folder() -> Path:
     """Where Attar keeps what can be computed again; the environment's `ATTAR_CACHE` moves it."""
@@ -129,6 +131,14 @@ def sole_writer(folder: Path) -> Iterator[None]:
                 f"another run is writing {folder}: wait for it, or choose another --out"
             ) from None
         yield
+
+
+def clear_run(folder: Path) -> None:
+    """Removes from a run's folder what a run writes; anything else there stays."""
+    for name in ("bundle", "student", "stages"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in RUN_FILES:
+        (folder / name).unlink(missing_ok=True)
 
 
 def write_whole(path: Path, text: str) -> None:

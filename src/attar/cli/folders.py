@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from attar.errors import UsageError
-from attar.store import sole_writer
-
-FILES = ("recipe.yaml", "ledger.json", "log.jsonl", "details.json", "report.html")
-FOLDERS = ("bundle", "student", "stages")
+from attar.store import clear_run, sole_writer
 
 
 def run_folder(recipe: str, name: str) -> Path:
@@ -37,10 +33,7 @@ def make_way(folder: Path, *, resume: bool, overwrite: bool) -> None:
             "another --out"
         )
     with sole_writer(folder):
-        for name in FOLDERS:
-            shutil.rmtree(folder / name, ignore_errors=True)
-        for name in FILES:
-            (folder / name).unlink(missing_ok=True)
+        clear_run(folder)
 
 
 def _is_run(held: set[str]) -> bool:

@@ -18,7 +18,7 @@ from attar.measure.cost import macs, parameters
 from attar.measure.latency import time_interleaved
 from attar.models import inherit
 from attar.pipeline.job import Job, job_of, require_answers
-from attar.pipeline.rows import eager_call, reference_outputs
+from attar.pipeline.rows import eager_call, inputs_of, reference_outputs
 from attar.prune import channel_graph
 from attar.quantize import Scheme, quantize, quantized_reference
 from attar.recipe import Recipe
@@ -84,9 +84,7 @@ def _look_at(job: Job, student: Student, tell: Listener) -> dict[str, Any]:
 
 def _latencies(job: Job, student: Student, example: tuple[torch.Tensor, ...]) -> dict[str, Any]:
     """Exports as float and as int8, and times both beside eager PyTorch."""
-    inputs = tuple(
-        x[: job.deploy.batch].numpy() for x in job.task.example(job.data, job.deploy.batch)
-    )
+    inputs = inputs_of(job.data.validation, job.task, job.deploy.batch)
     calls = {"eager": eager_call(student, inputs, job.deploy.threads)}
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:

@@ -10,7 +10,7 @@ from attar.errors import DataError, UsageError
 from attar.events import Listener, silent
 from attar.files import Trust, from_file, is_reference
 from attar.pipeline.execute import execute
-from attar.pipeline.job import job_of
+from attar.pipeline.job import job_of, require_source
 from attar.pipeline.result import Run
 from attar.pipeline.rows import metric_interval, session_arrays_of
 from attar.recipe import Recipe, load_recipe
@@ -98,6 +98,7 @@ def evaluate(
                 f"{place} is a bundle without a recipe: say which data to use (--data)"
             )
         recipe = load_recipe(str(recipe_file))
+        require_source(recipe)
         data, seed, task = recipe.data, recipe.seed, recipe.task
     name = task or bundle.manifest["task"]
     judge = (from_file(name, trusted) if is_reference(name) else tasks.get(name))()

@@ -33,6 +33,7 @@ from attar.pipeline.rows import (
     counts,
     eager_call,
     eager_entry,
+    inputs_of,
     load_row,
     reference_outputs,
     session_arrays,
@@ -43,7 +44,7 @@ from attar.runtimes import runtimes
 from attar.runtimes.bundle import MANIFEST, read_bundle, write_bundle
 from attar.runtimes.parity import FLOAT, QUANTIZED, check_parity
 from attar.stages.base import Context, Stage
-from attar.store import Store, full_disk_as_error, key_of, sole_writer, view, write_whole
+from attar.store import Store, clear_run, full_disk_as_error, key_of, sole_writer, view, write_whole
 from attar.student import Student, save_student
 from attar.training.loop import train
 from attar.training.objective import TaskObjective
@@ -84,6 +85,8 @@ def execute(
 class _Execution:
     def __init__(self, job: Job, folder: Path, store: Store, tell: Listener) -> None:
         self.job, self.folder, self.store = job, folder, store
+        if _holds_another(folder, job):
+            clear_run(folder)  # its rows and stages would stand beside this one's
         (folder / "log.jsonl").unlink(missing_ok=True)
         self.log = Log(folder / "log.jsonl")
         self.tell = several(self.log, tell)
@@ -395,10 +398,8 @@ class _Execution:
         write_whole(bundle / MANIFEST, text)
 
     def sample(self) -> tuple[np.ndarray, ...]:
-        """The inputs that latencies are measured with: `deploy.batch` validation examples."""
-        size = self.job.deploy.batch
-        batch = next(iter(self.job.data.validation.batches(size)))
-        return tuple(a.numpy()[:size] for a in self.job.task.arguments(batch)[0])
+        """The inputs that latencies are measured with."""
+        return inputs_of(self.job.data.validation, self.job.task, self.job.deploy.batch)
 
     def add(self, row: Row, path: str, seconds: float, runtime: str) -> None:
         """Takes a first look at the row's latency and shows it; `finish` measures all together."""
@@ -484,11 +485,8 @@ class _Execution:
 
     def plain_graph(self) -> Path:
         """The bundle of the final student before the deploy stage's offline passes."""
-        return (
-            self.rows[-2].folder / "bundle"
-            if len(self.rows) > 3
-            else self.rows[1].folder / "bundle"
-        )
+        before = next(r for r in reversed(self.rows[:-1]) if r.stage != "plain-int8")
+        return before.folder / "bundle"
 
     def write_ledger(self, done: bool = False) -> dict[str, Any]:
         job = self.job
@@ -515,6 +513,14 @@ class _Execution:
     def note(self, text: str) -> None:
         self.notes.append(text)
         self.tell({"event": "note", "text": text})
+
+
+def _holds_another(folder: Path, job: Job) -> bool:
+    """Whether the folder has figures of another recipe than this job's."""
+    recipe = folder / "recipe.yaml"
+    if not (folder / "ledger.json").exists() or not recipe.exists():
+        return False
+    return recipe.read_text(encoding="utf-8") != job.text
 
 
 def _notes(student: Student, quantized: bool) -> dict[str, Any]:

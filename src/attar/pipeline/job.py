@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from attar.data.base import Data
-from attar.errors import CheckpointError, DataError
+from attar.errors import CheckpointError, DataError, UsageError
 from attar.files import Trust, allow, from_file, is_reference
 from attar.models import ModelSpec, build, load_checkpoint, resolve
 from attar.recipe.model import Budget, Deploy
@@ -93,6 +93,7 @@ def job_of(recipe: Recipe, *, trusted: Trust = False) -> Job:
     from attar.recipe import dump_recipe
     from attar.tasks.base import tasks
 
+    require_source(recipe)
     named = is_reference(recipe.task)
     task = (from_file(recipe.task, trusted) if named else tasks.get(recipe.task))()
     data = load_data(recipe.data, seed=recipe.seed, trusted=trusted)
@@ -113,6 +114,15 @@ def job_of(recipe: Recipe, *, trusted: Trust = False) -> Job:
         budget=recipe.budget,
         text=dump_recipe(recipe),
     )
+
+
+def require_source(recipe: Recipe) -> None:
+    """Raises `UsageError` for a run that was made in Python: a file can't hold its data."""
+    if recipe.data.source == "python":
+        raise UsageError(
+            f"the data of {recipe.name!r} were handed in from Python: go on with it by the same "
+            "call of attar.compress, or name a data set"
+        )
 
 
 def allow_own_files(stages: list[Stage], trusted: Trust) -> None:
@@ -137,6 +147,8 @@ def require_answers(job: Job, student: Student, who: str) -> None:
             f"them: {reason}"
         ) from error
     job.task.check_output(output, job.data)
+    if not job.task.logits(output).isfinite().all():
+        raise DataError(f"the {who} answers with infinities or NaN: its weights are damaged")
 
 
 def source_of(kind: type) -> str:

@@ -141,6 +141,12 @@ def session_arrays_of(session: Answers, split: Split, task: Task) -> dict[str, n
     return {"outputs": np.concatenate(outputs), "statistics": np.concatenate(statistics)}
 
 
+def inputs_of(split: Split, task: Task, count: int) -> tuple[np.ndarray, ...]:
+    """The first `count` examples as one batch, in turn where there are fewer."""
+    batch = split.pick([i % len(split) for i in range(count)])
+    return tuple(a.numpy() for a in task.arguments(batch)[0])
+
+
 def reference_outputs(
     module: torch.nn.Module, split: Split, task: Task, count: int
 ) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
