@@ -32,7 +32,9 @@ Event = dict[str, Any]
 MEASURED_ANEW = {"latency", "memory_mb", "seconds", "graph"}
 """What of a row is a timing, or the memory of a process."""
 LIBRARIES = [
-    "attar.pipeline", "attar.report", "onnxruntime", "onnxscript",
+    "attar.pipeline", "attar.report", "matplotlib.pyplot", "onnxruntime.quantization",
+    "onnxscript.function_libs.torch_lib.ops", "scipy.stats", "sklearn.datasets", "sklearn.metrics",
+    "torch.export._trace", "torch.onnx._internal.exporter._core",
     "torchao.quantization.pt2e.quantize_pt2e",
 ]  # fmt: skip
 

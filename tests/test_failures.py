@@ -34,7 +34,6 @@ from run_fixture import (
     Enough,
     Event,
     WholeRun,
-    cached,
     in_fresh_process,
     lasting,
     ledger_of,
@@ -315,6 +314,13 @@ def test_networks_that_do_not_fit_the_data_are_refused_before_anything_long(
     assert not [e for e in heard if e["event"] in ("stage", "epoch", "row")]
 
 
+def test_a_network_that_answers_nan_is_refused(tmp_path: Path) -> None:
+    broken = flat()
+    nn.init.constant_(broken[1].weight, float("nan"))
+    with pytest.raises(DataError, match="the teacher answers with infinities or NaN"):
+        attar.compress(broken, data=loaders(), stages=[], out=tmp_path / "run")
+
+
 class Fickle(nn.Module):
     """Its control flow depends on what it sees."""
 
@@ -420,10 +426,3 @@ def test_a_checkpoint_of_another_network_is_refused_with_what_differs(tmp_path: 
     result = attar_command("run", checkpoint_recipe(tmp_path, checkpoint), "--out", tmp_path / "r")
     assert (result.exit_code, str(checkpoint) in result.stderr) == (1, True)
     assert not (tmp_path / "r").exists()
-
-
-def test_the_same_student_is_found_by_whoever_asks(whole_run: WholeRun, tmp_path: Path) -> None:
-    """Another folder, the same recipe: nothing is computed, everything is there."""
-    heard: list[Event] = []
-    run_recipe(whole_run.recipe, tmp_path / "elsewhere", heard=heard)
-    assert all(was for name, was in cached(heard).items() if name != "deploy")

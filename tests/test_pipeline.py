@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from attar.errors import RecipeError
 from attar.pipeline.budget import judge
 from attar.pipeline.rows import metric_drop, metric_interval
 from attar.recipe import Budget, dump_recipe, load_recipe
@@ -21,6 +22,7 @@ from attar.tasks.image_classification import ImageClassification
 from run_fixture import (
     STAGES,
     TINY,
+    Enough,
     Event,
     WholeRun,
     cached,
@@ -28,6 +30,7 @@ from run_fixture import (
     ledger_of,
     logged,
     run_recipe,
+    stop_at,
     write_recipe,
 )
 
@@ -273,6 +276,38 @@ def test_a_drop_of_a_metric_to_be_lowered_is_its_rise() -> None:
     assert judge(Budget.model_validate({"max_drop": "0.1%"}), row)["certain"]
 
 
+def test_passes_off_is_the_final_graph_itself(
+    whole_run: WholeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With no stages, the graph before optimisation is the exported teacher, not plain int8."""
+    from attar.runtimes.onnxruntime import OnnxRuntime
+
+    honest, bare = OnnxRuntime.session, []
+
+    def session(self: Any, folder: Path, *, threads: int = 1, passes: Any = "all") -> Any:
+        if passes == "none":
+            bare.append((folder / "model.onnx").read_bytes())
+        return honest(self, folder, threads=threads, passes=passes)
+
+    monkeypatch.setattr(OnnxRuntime, "session", session)
+    recipe = write_recipe(tmp_path, TINY.partition("student:")[0])
+    run_recipe(recipe, tmp_path / "run")
+    exported = tmp_path / "run" / "stages" / "00-exported" / "bundle" / "model.onnx"
+    assert bare[-1] == exported.read_bytes()
+
+
+def test_a_batch_larger_than_validation_is_measured_as_large_as_it_is_said(
+    whole_run: WholeRun, tmp_path: Path
+) -> None:
+    from attar.pipeline.job import job_of
+    from attar.pipeline.rows import inputs_of
+
+    job = job_of(load_recipe(whole_run.recipe, ["deploy.batch=200"]))
+    (images,) = inputs_of(job.data.validation, job.task, job.deploy.batch)
+    assert images.shape == (200, 1, 8, 8)
+    np.testing.assert_array_equal(images[144:], images[:56])
+
+
 # -- what is not computed twice -----------------------------------------------------------------
 
 
@@ -305,6 +340,20 @@ def test_another_budget_computes_nothing_and_is_judged_anew(
     recipe = (tmp_path / "run" / "recipe.yaml").read_bytes()
     assert manifest["recipe_sha256"] == hashlib.sha256(recipe).hexdigest()
     assert read_bundle(tmp_path / "run" / "bundle").golden()
+
+
+def test_what_another_recipe_left_in_the_folder_goes(whole_run: WholeRun, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run_recipe(whole_run.recipe, folder)
+    (folder / "notes.txt").write_text("a person's own")
+    shorter = write_recipe(tmp_path, TINY.partition("  - share")[0])
+    with pytest.raises(Enough):
+        run_recipe(shorter, folder, resume=True, tell=stop_at("row", stage="prune"))
+    assert sorted(p.name for p in (folder / "stages").iterdir()) == [
+        "00-exported", "00-plain-int8", "00-teacher", "01-distill", "02-prune",
+    ]  # fmt: skip
+    assert not (folder / "report.html").exists() and not (folder / "bundle").exists()
+    assert (folder / "notes.txt").exists()
 
 
 @pytest.mark.long
@@ -364,6 +413,12 @@ def test_searches_keep_what_was_tried_and_a_copy_of_the_prepared_teacher_is_comp
     run_recipe(tmp_path / "tiny.yaml", tmp_path / "run", resume=True, heard=again)
     assert all(was for name, was in cached(again).items() if name != "deploy")
     assert logged(tmp_path / "run", "trial"), "a search from the store is in the log all the same"
+
+
+def test_a_copy_of_a_quantized_teacher_is_not_pruned(tmp_path: Path) -> None:
+    text = AUTO.replace("{prune: {granularity: weight, ratio: 0.3}}", "{quantize: {}}")
+    with pytest.raises(RecipeError, match=r"prune .* can't come after quantize"):
+        load_recipe(write_recipe(tmp_path, text))
 
 
 # -- looking before, measuring after ------------------------------------------------------------
