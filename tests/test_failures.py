@@ -26,6 +26,7 @@ from attar.errors import (
     TrainingError,
     UsageError,
 )
+from attar.events import several
 from attar.stages.base import Context, Stage, stages
 from attar.store import sole_writer
 from attar.student import Student
@@ -253,7 +254,7 @@ def test_a_loss_that_is_no_number_ends_the_run_with_advice(tmp_path: Path) -> No
 
 
 def test_an_export_that_answers_otherwise_fails_the_run(
-    whole_run: WholeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from attar.runtimes.onnxruntime_session import OnnxSession
 
@@ -266,6 +267,25 @@ def test_an_export_that_answers_otherwise_fails_the_run(
         run_recipe(recipe, tmp_path / "run")
     assert [row["stage"] for row in ledger_of(tmp_path / "run")["rows"]] == ["teacher"]
     assert not list(store.glob("*/bundle")), "what answers wrongly is not kept"
+
+
+def test_a_baseline_that_can_not_be_made_is_left_out_aloud(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from attar.runtimes import onnxruntime_plain
+
+    def fail(*arguments: Any) -> None:
+        raise ExportError("ONNX Runtime can't quantize this")
+
+    monkeypatch.setattr(onnxruntime_plain, "quantize_plainly", fail)
+    text = TINY.partition("  - share")[0].replace("subset: 300", "subset: 299")
+    recipe, heard = write_recipe(tmp_path, text), []
+    listeners = several(heard.append, stop_at("row", stage="distill"))
+    with pytest.raises(Enough):
+        run_recipe(recipe, tmp_path / "run", tell=listeners)
+    rows = [row["stage"] for row in ledger_of(tmp_path / "run")["rows"]]
+    assert rows == ["teacher", "exported", "distill"]
+    assert any("no row plain-int8" in event.get("text", "") for event in heard)
 
 
 # -- networks that don't fit --------------------------------------------------------------------
