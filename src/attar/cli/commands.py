@@ -154,7 +154,10 @@ def check(
     from attar.recipe import load_recipe
 
     found = look(load_recipe(recipe, settings), trusted=_trust(trust))
-    print_json(found) if as_json else print_pairs(found)
+    if as_json:
+        print_json(found)
+    else:
+        print_pairs({**found, "student": found["student"] or "a copy of the teacher"})
 
 
 @app.command()
