@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,13 +39,27 @@ LIBRARIES = [
 ]  # fmt: skip
 
 
+OPERATORS: list[Any] = []
+
+
+def make_once(make: Callable[[], list[Any]]) -> list[Any]:
+    OPERATORS.extend(make())
+    return OPERATORS
+
+
 @contextmanager
 def hurried() -> Iterator[None]:
-    """Times every row as briefly as can be: nothing here looks at timings."""
+    """Times every row as briefly as can be, for nothing here looks at timings, and lets exports
+    share the list of known operators, which PyTorch makes anew (a second) for each."""
     from attar.measure import latency
     from attar.pipeline import execute
 
     with pytest.MonkeyPatch.context() as patch:
+        with suppress(ImportError, AttributeError):  # of no consequence in other versions
+            from torch.onnx._internal.exporter._registration import onnxscript_apis
+
+            make = onnxscript_apis.get_torchlib_ops
+            patch.setattr(onnxscript_apis, "get_torchlib_ops", lambda: OPERATORS or make_once(make))
         patch.setattr(execute, "FIRST_LOOK_SECONDS", 0.01)
         patch.setattr(execute, "FINAL_SECONDS", 0.01)
         patch.setattr(latency, "WARM_UP_SECONDS", 0.001)

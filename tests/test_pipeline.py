@@ -28,6 +28,7 @@ from run_fixture import (
     Event,
     WholeRun,
     cached,
+    hurried,
     lasting,
     ledger_of,
     logged,
@@ -432,7 +433,8 @@ def test_a_copy_of_a_quantized_teacher_is_not_pruned(tmp_path: Path) -> None:
 def test_check_says_what_a_run_will_meet(whole_run: WholeRun) -> None:
     from attar.pipeline import check
 
-    found = check(load_recipe(whole_run.recipe, ["student=null"]))
+    with hurried():
+        found = check(load_recipe(whole_run.recipe, ["student=null"]))
     data = {"train": 300, "validation": 144, "test": 359, "classes": 10, "shape": [1, 8, 8]}
     require_like(found["data"], {"name": str})
     assert data.items() <= found["data"].items()
