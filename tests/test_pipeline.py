@@ -16,7 +16,7 @@ import attar
 from attar.errors import RecipeError
 from attar.events import several
 from attar.pipeline.budget import judge
-from attar.pipeline.rows import metric_drop, metric_interval
+from attar.pipeline.rows import metric_drop, metric_interval, timed_on
 from attar.recipe import Budget, dump_recipe, load_recipe
 from attar.runtimes.bundle import read_bundle
 from attar.tasks.base import Metric
@@ -465,3 +465,17 @@ def test_evaluate_repeats_the_ledger_on_every_split(whole_run: WholeRun) -> None
 
 def test_ledgers_are_read_by_path(whole_run: WholeRun) -> None:
     assert attar.ledger(whole_run.folder) == ledger_of(whole_run.folder)
+
+
+def test_timing_leaves_the_number_of_threads_as_it_was() -> None:
+    """Else every training after the first row would run on the deploy target's one thread."""
+    own = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        seen = []
+        timed_on(1, {"look": lambda: seen.append(torch.get_num_threads())}, seconds=0.01)
+        with pytest.raises(ZeroDivisionError):
+            timed_on(2, {"fail": lambda: 1 / 0}, seconds=0.01)
+        assert set(seen) == {1} and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(own)

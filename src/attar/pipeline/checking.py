@@ -15,10 +15,9 @@ from attar.errors import AttarError
 from attar.events import Listener, silent
 from attar.files import Trust
 from attar.measure.cost import macs, parameters
-from attar.measure.latency import time_interleaved
 from attar.models import inherit
 from attar.pipeline.job import Job, job_of, require_answers
-from attar.pipeline.rows import eager_call, inputs_of, reference_outputs
+from attar.pipeline.rows import eager_call, inputs_of, reference_outputs, timed_on
 from attar.prune import channel_graph
 from attar.quantize import Scheme, quantize, quantized_reference
 from attar.recipe import Recipe
@@ -85,7 +84,7 @@ def _look_at(job: Job, student: Student, tell: Listener) -> dict[str, Any]:
 def _latencies(job: Job, student: Student, example: tuple[torch.Tensor, ...]) -> dict[str, Any]:
     """Exports as float and as int8, and times both beside eager PyTorch."""
     inputs = inputs_of(job.data.validation, job.task, job.deploy.batch)
-    calls = {"eager": eager_call(student, inputs, job.deploy.threads)}
+    calls = {"eager": eager_call(student, inputs)}
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for name, make in (("float", lambda: student), ("int8", lambda: _as_int8(job, student))):
@@ -99,7 +98,7 @@ def _latencies(job: Job, student: Student, example: tuple[torch.Tensor, ...]) ->
                 runtime = runtimes.get(job.deploy.runtime)()
                 session = runtime.session(folder, threads=job.deploy.threads)
                 calls[name] = partial(session, *inputs)
-        timed = time_interleaved(calls, seconds=0.5)
+        timed = timed_on(job.deploy.threads, calls, seconds=0.5)
     found["eager"] = {}
     for name in calls:
         found[name]["p50_ms"] = round(timed[name]["p50_ms"], 4)

@@ -19,7 +19,6 @@ import attar
 from attar.errors import ExportError, UsageError
 from attar.events import Listener, Log, several, silent
 from attar.measure.intervals import ratio_interval
-from attar.measure.latency import time_interleaved
 from attar.measure.machine import environment, package_version
 from attar.measure.memory import session_memory_mb
 from attar.models import inherit
@@ -38,6 +37,7 @@ from attar.pipeline.rows import (
     reference_outputs,
     session_arrays,
     store_facts,
+    timed_on,
 )
 from attar.quantize import quantized_reference
 from attar.runtimes import runtimes
@@ -264,7 +264,7 @@ class _Execution:
             eager_entry(teacher, job.data, job.task),
         )
         row = load_row("teacher", 0, entry)
-        row.call = eager_call(teacher, self.sample(), job.deploy.threads)
+        row.call = eager_call(teacher, self.sample())
         view(entry / "student", self.folder / "stages" / "00-teacher" / "student")
         self.baseline = job.task.value(row.statistics("validation"))
         self.add(row, "stages/00-teacher/student", self.seconds.get(key, 0.0), "pytorch-eager")
@@ -407,7 +407,8 @@ class _Execution:
 
     def add(self, row: Row, path: str, seconds: float, runtime: str) -> None:
         """Takes a first look at the row's latency and shows it; `finish` measures all together."""
-        timed = time_interleaved({"row": row.call}, seconds=FIRST_LOOK_SECONDS)["row"]
+        threads = self.job.deploy.threads
+        timed = timed_on(threads, {"row": row.call}, seconds=FIRST_LOOK_SECONDS)["row"]
         self.set_latency(row, timed, runtime)
         row.timings["seconds"] = seconds
         self.rows.append(row)
@@ -463,13 +464,12 @@ class _Execution:
     def measure_together(self) -> None:
         """Times every row side by side, with the deployed graph's passes on and off, and splits
         the speed-up into what the runtime gave and what compression gave."""
-        bare = read_bundle(self.plain_graph()).session(
-            threads=self.job.deploy.threads, passes="none"
-        )
+        threads = self.job.deploy.threads
+        bare = read_bundle(self.plain_graph()).session(threads=threads, passes="none")
         sample = self.sample()
         calls = {str(i): row.call for i, row in enumerate(self.rows)}
         calls["passes off"] = lambda: bare(*sample)
-        timed = time_interleaved(calls, seconds=FINAL_SECONDS)
+        timed = timed_on(threads, calls, seconds=FINAL_SECONDS)
         for i, row in enumerate(self.rows):
             self.set_latency(row, timed[str(i)], row.timings["latency"][0]["runtime"])
             self.records[i]["latency"] = row.timings["latency"]

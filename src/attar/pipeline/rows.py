@@ -7,7 +7,7 @@ anew in every run, all rows side by side.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from attar.measure.intervals import (
     paired_share_drop,
     share_interval,
 )
+from attar.measure.latency import time_interleaved
 from attar.student import Student, save_student
 from attar.tasks.base import Task
 from attar.training.evaluation import outputs_of
@@ -106,19 +107,28 @@ def eager_entry(student: Student, data: Data, task: Task) -> Callable[[Path, Pat
     return make
 
 
-def eager_call(student: Student, inputs: tuple[np.ndarray, ...], threads: int) -> Callable[[], Any]:
-    """Calls the network as its owner does today: eager PyTorch, float32, `threads` threads."""
+def eager_call(student: Student, inputs: tuple[np.ndarray, ...]) -> Callable[[], Any]:
+    """Calls the network as its owner does today: eager PyTorch, float32."""
     tensors = tuple(torch.from_numpy(x) for x in inputs)
     module = student.module.eval()
 
     def call() -> Any:
-        before = torch.get_num_threads()
-        if before != threads:
-            torch.set_num_threads(threads)
         with torch.inference_mode():
             return module(*tensors)
 
     return call
+
+
+def timed_on(
+    threads: int, calls: Mapping[str, Callable[[], Any]], *, seconds: float
+) -> dict[str, dict[str, Any]]:
+    """`time_interleaved` with PyTorch on `threads` threads; it has its own number back after."""
+    own = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return time_interleaved(calls, seconds=seconds)
+    finally:
+        torch.set_num_threads(own)
 
 
 def session_arrays(session: Answers, data: Data, task: Task) -> dict[str, np.ndarray]:
