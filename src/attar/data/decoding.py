@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import platformdirs
 from PIL import Image
 
 from attar.data.config import DataConfig
 from attar.data.images import Frame, framed
 from attar.data.parts import Examples
 from attar.errors import DataError, StorageError
+from attar.store import cache_folder
 
 FORMAT = 1
 """Raised when decoding gives other pixels, so that older caches are not taken for new ones."""
@@ -34,11 +34,6 @@ class Encoded(NamedTuple):
 
     name: str
     open: Callable[[], tuple[Image.Image, int]]
-
-
-def cache_folder() -> Path:
-    """Where decoded images are kept: `ATTAR_CACHE`, or the user's cache folder."""
-    return Path(os.environ.get("ATTAR_CACHE") or platformdirs.user_cache_dir("attar"))
 
 
 def decoded(
