@@ -25,7 +25,8 @@ from attar.measure.intervals import (
 from attar.measure.latency import time_interleaved
 from attar.measure.machine import environment, package_version
 from attar.measure.memory import session_memory_mb
-from attar.runtimes import runtimes
+from attar.measure.processor import saturates
+from attar.runtimes import _predict, runtimes
 from attar.runtimes.bundle import write_bundle
 
 hits = st.lists(st.sampled_from([0.0, 1.0]), min_size=1, max_size=60).map(np.array)
@@ -320,3 +321,26 @@ def test_a_bundle_that_does_not_load_is_named(bundle, tmp_path):
     with pytest.raises(BundleError, match=r"does not load in a fresh process: .+") as caught:
         session_memory_mb(tmp_path, "onnxruntime")
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "machine", "expected"),
+    [
+        ("fpu avx2 fma", "x86_64", True),
+        ("fpu avx2 avx512_vnni", "x86_64", False),
+        ("fpu avx2 avx_vnni", "AMD64", False),
+        ("", "aarch64", False),
+    ],
+)
+def test_the_processor_says_whether_byte_products_overflow(flags, machine, expected, tmp_path):
+    info = tmp_path / "cpuinfo"
+    info.write_text(f"processor : 0\nflags : {flags}\n")
+    assert saturates(info, machine) is expected
+
+
+def test_an_x86_processor_that_cannot_be_asked_is_taken_to_overflow(tmp_path):
+    assert saturates(tmp_path / "missing", "x86_64")
+
+
+def test_a_bundle_alone_knows_the_processor_as_attar_does():
+    assert _predict.lacks_vnni() is saturates()

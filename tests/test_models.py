@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from attar.errors import CheckpointError, UsageError
+from attar.errors import AttarError, CheckpointError, UsageError
 from attar.files import allow, from_file
 from attar.models import ModelSpec, build, models, resolve, shapes_of
 from attar.models.cifar_resnet import PadShortcut
@@ -112,6 +113,34 @@ def test_a_narrow_resnet_with_a_strided_stem_is_smaller_and_halves_the_image() -
     network.get_submodule("layer1").register_forward_hook(lambda m, i, o: seen.append(o.shape))
     network(torch.randn(2, 3, 32, 32))
     assert seen == [torch.Size([2, 8, 16, 16])]
+
+
+def test_a_resnets_groups_may_differ_in_length() -> None:
+    whole, same = (
+        build(ModelSpec(model=name), channels=3, classes=10)
+        for name in ("cifar-resnet20", "cifar-resnet")
+    )
+    assert whole.state_dict().keys() == same.state_dict().keys()
+    spec = ModelSpec(model="cifar-resnet", arguments={"blocks": [1, 2, 3]})
+    network = build(spec, channels=3, classes=10)
+    groups = (network.get_submodule(f"layer{i}") for i in (1, 2, 3))
+    assert [len(list(group.children())) for group in groups] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "said"),
+    [
+        ("cifar-resnet", {"blocks": [1, 3]}, "three numbers of blocks"),
+        ("cifar-resnet", {"blocks": [0, 3, 3]}, "at least 1"),
+        ("cifar-tiny", {"widths": [16, 32], "strides": [2]}, "2 widths and 1 strides"),
+        ("cifar-tiny", {"widths": [], "strides": []}, "as many strides as widths"),
+    ],
+)
+def test_layers_that_do_not_fit_together_are_refused_in_a_sentence(
+    model: str, arguments: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(AttarError, match=said):
+        build(ModelSpec(model=model, arguments=arguments), channels=3, classes=10)
 
 
 @given(st.integers(0, 3), st.integers(0, 3), st.integers(1, 3), st.integers(1, 9))

@@ -29,7 +29,7 @@ IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 def resnet(spec: ModelSpec | None = None) -> CifarResNet:
     torch.manual_seed(0)
-    return CifarResNet(1, 3, 5).eval()
+    return CifarResNet((1, 1, 1), 3, 5).eval()
 
 
 def plain(width: int = 32) -> nn.Sequential:

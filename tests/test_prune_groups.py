@@ -138,7 +138,7 @@ class Recurring(nn.Module):
         (Mixer, {"widen", "block.self_attn.in_proj_weight", "block.self_attn.out_proj",
                  "block.linear2", "head"}),
         (Recurring, {"head"}),
-        (lambda: CifarResNet(2, 3, 5), {"linear"}),
+        (lambda: CifarResNet((2, 2, 2), 3, 5), {"linear"}),
     ],
 )  # fmt: skip
 def test_the_narrow_network_answers_as_the_masked_one(make, kept):
@@ -179,7 +179,7 @@ def test_torchvision(name):
 
 
 def test_removing_a_padded_channel_lowers_the_pad():
-    module = lively(CifarResNet(1, 3, 5))
+    module = lively(CifarResNet((1, 1, 1), 3, 5))
     graph = channel_graph(module, (torch.zeros(1, 3, 8, 8),))
     wide = next(p for p in graph.producers if p.path == "layer2.0.conv2.weight")
     removal = removal_of(graph, wide.atoms[[0, 1, 7, 8, 31]])
@@ -192,7 +192,7 @@ def test_removing_a_padded_channel_lowers_the_pad():
 
 
 def test_a_wrong_offset_is_noticed():
-    module = lively(CifarResNet(1, 3, 5))
+    module = lively(CifarResNet((1, 1, 1), 3, 5))
     graph = channel_graph(module, (torch.zeros(1, 3, 8, 8),))
     wide = next(p for p in graph.producers if p.path == "layer2.0.conv2.weight")
     removal = removal_of(graph, wide.atoms[[0, 1]])
@@ -224,7 +224,7 @@ def test_what_cannot_be_followed_stays_and_says_why():
 
 
 def test_counts_are_of_channels():
-    graph = channel_graph(lively(CifarResNet(1, 3, 5)), (torch.zeros(1, 3, 8, 8),))
+    graph = channel_graph(lively(CifarResNet((1, 1, 1), 3, 5)), (torch.zeros(1, 3, 8, 8),))
     assert graph.counts() == (16 * 3 + 32 * 2 + 64 * 2, 16 * 3 + 32 * 2 + 64 * 2 + 5)
 
 

@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from attar.errors import ConstraintBroken, DataError, ExportError
 from attar.prune import Masked
 from attar.quantize import Scheme, quantize, quantized_reference, ranges, safe_on, weight_bits
-from attar.quantize.cpu import saturates
 from attar.quantize.ranges import Histogram
 from attar.runtimes.onnxruntime import OnnxRuntime
 from attar.runtimes.onnxruntime_graph import optimise_file
@@ -202,7 +201,8 @@ def test_a_network_all_in_float_keeps_its_weights_in_bytes(images, tmp_path):
     exported(student, tmp_path / "before", images)
     small = quantized(student, images, float_layers=("*",))
     answers = exported(small, tmp_path / "after", images)
-    assert counted(tmp_path / "after") <= counted(tmp_path / "before"), "loading undoes the bytes"
+    undone = {"Cast", "Mul", "DequantizeLinear"} & counted(tmp_path / "after").keys()
+    assert not undone, "bytes are expanded in every call, not once when loading"
     assert np.allclose(answers, reference(small, images).numpy(), atol=1e-4)
     before, after = ((tmp_path / f / "model.onnx").stat().st_size for f in ("before", "after"))
     assert optimise_file(tmp_path / "after" / "model.onnx", [images.numpy()])
@@ -282,25 +282,9 @@ def test_seven_bit_weights_cannot_overflow_sixteen(images):
     assert 255 * 64 * 2 < 2**15
 
 
-@pytest.mark.parametrize(
-    ("flags", "machine", "expected"),
-    [
-        ("fpu avx2 fma", "x86_64", True),
-        ("fpu avx2 avx512_vnni", "x86_64", False),
-        ("fpu avx2 avx_vnni", "AMD64", False),
-        ("", "aarch64", False),
-    ],
-)
-def test_the_processor_says_how_many_bits_are_safe(flags, machine, expected, tmp_path):
-    info = tmp_path / "cpuinfo"
-    info.write_text(f"processor : 0\nflags : {flags}\n")
-    assert saturates(info, machine) is expected
+def test_where_weights_are_safe_is_said():
     assert weight_bits(8) == 8 and weight_bits(7) == 7
     assert safe_on(7) != safe_on(8)
-
-
-def test_an_x86_processor_that_cannot_be_asked_is_taken_to_overflow(tmp_path):
-    assert saturates(tmp_path / "missing", "x86_64")
 
 
 def test_a_channel_of_tiny_weights_keeps_its_bias(images):

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from attar.errors import ExportError, ParityError
-from attar.runtimes import runtimes
+from attar.runtimes import onnxruntime_session, runtimes
 from attar.runtimes.onnxruntime_graph import optimise_file, save, tidy
 from attar.runtimes.onnxruntime_profile import operators, profile
 from attar.runtimes.onnxruntime_session import OnnxSession
@@ -264,6 +264,19 @@ def test_eight_bit_products_do_not_overflow(tmp_path):
         for found in OnnxSession(path)(np.ones((1, 64), np.float32)):
             np.testing.assert_array_equal(found, np.full((1, 16), 64, np.float32))
         assert optimise_file(path, [np.ones((1, 64), np.float32)])
+
+
+@pytest.mark.parametrize("lacking", [True, False])
+def test_only_processors_that_overflow_take_the_slower_kernels(lacking, monkeypatch):
+    """With VNNI the setting would double the time of every 8-bit layer for nothing."""
+    monkeypatch.setattr(onnxruntime_session, "saturates", lambda: lacking)
+    made = onnxruntime_session.options(1, onnxruntime_session.Level.ORT_ENABLE_ALL)
+    for key in onnxruntime_session.CONFIG_WITHOUT_VNNI:
+        if lacking:
+            assert made.get_session_config_entry(key) == "1"
+        else:
+            with pytest.raises(RuntimeError):  # never set
+                made.get_session_config_entry(key)
 
 
 def test_asking_for_a_runtime_imports_no_pytorch():

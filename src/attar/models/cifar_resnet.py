@@ -3,9 +3,12 @@ Recognition", section 4.2), with parameter-free ("option A") shortcuts."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from attar.errors import UsageError
 from attar.models.base import models
 
 
@@ -55,22 +58,27 @@ class Block(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """A stem, three groups of `blocks` blocks at `width`, 2·`width` and 4·`width`, a linear head.
+    """A stem, three groups of blocks at `width`, 2·`width` and 4·`width`, a linear head.
 
-    (N, channels, H, W) → logits (N, classes). `stem_stride` 2 halves the image at once: a quarter
-    of the work, for students that must be fast.
+    (N, channels, H, W) → logits (N, classes). `blocks`: how many in each of the three groups.
+    `stem_stride` 2 halves the image at once: a quarter of the work, for students that must be fast.
     """
 
     def __init__(
-        self, blocks: int, channels: int, classes: int, width: int = 16, stem_stride: int = 1
+        self,
+        blocks: tuple[int, int, int],
+        channels: int,
+        classes: int,
+        width: int = 16,
+        stem_stride: int = 1,
     ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, width, 3, stem_stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU()
-        self.layer1 = self._group(blocks, width, width, stride=1)
-        self.layer2 = self._group(blocks, width, 2 * width, stride=2)
-        self.layer3 = self._group(blocks, 2 * width, 4 * width, stride=2)
+        self.layer1 = self._group(blocks[0], width, width, stride=1)
+        self.layer2 = self._group(blocks[1], width, 2 * width, stride=2)
+        self.layer3 = self._group(blocks[2], 2 * width, 4 * width, stride=2)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.flatten = nn.Flatten()
         self.linear = nn.Linear(4 * width, classes)
@@ -89,11 +97,35 @@ class CifarResNet(nn.Module):
         return self.linear(self.flatten(self.pool(x)))
 
 
+@models.register("cifar-resnet")
+def cifar_resnet(
+    channels: int,
+    classes: int,
+    *,
+    blocks: Sequence[int] = (3, 3, 3),
+    width: int = 16,
+    stem_stride: int = 1,
+) -> CifarResNet:
+    """A ResNet for small images with `blocks` in its three groups; `[3, 3, 3]` is ResNet-20.
+
+    All three groups cost alike per block, but the first works on the largest images with the fewest
+    channels: a student that must be fast saves there first.
+    """
+    if len(blocks) != 3 or not all(isinstance(n, int) and n > 0 for n in blocks):
+        raise UsageError(
+            f"cifar-resnet takes three numbers of blocks, each at least 1, such as [1, 3, 3]; "
+            f"got {list(blocks)}"
+        )
+    first, second, third = blocks
+    return CifarResNet((first, second, third), channels, classes, width, stem_stride)
+
+
 def _register(depth: int) -> None:
     def resnet(
         channels: int, classes: int, *, width: int = 16, stem_stride: int = 1
     ) -> CifarResNet:
-        return CifarResNet((depth - 2) // 6, channels, classes, width, stem_stride)
+        each = (depth - 2) // 6
+        return CifarResNet((each, each, each), channels, classes, width, stem_stride)
 
     resnet.__doc__ = (
         f"ResNet-{depth} for small images (He et al. 2015), arguments `width` and `stem_stride`."

@@ -87,13 +87,27 @@ def load(manifest: dict[str, Any], threads: int) -> Any:
     settings.intra_op_num_threads = threads
     settings.inter_op_num_threads = 1
     settings.log_severity_level = 4
-    for key, value in manifest["runtime"].get("config", {}).items():
+    wanted = dict(manifest["runtime"].get("config", {}))
+    if lacks_vnni():
+        wanted |= manifest["runtime"].get("config_without_vnni", {})
+    for key, value in wanted.items():
         settings.add_session_config_entry(key, value)
     path = HERE / manifest["files"][0]["path"]
     try:
         return ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors share no base class
         raise Problem(f"onnxruntime {ort.__version__} can't load {path}: {error}") from None
+
+
+def lacks_vnni() -> bool:
+    """Whether this is an x86 whose 8-bit products may overflow, or one that can't be asked."""
+    if platform.machine().lower() not in ("x86_64", "amd64", "i386", "i686"):
+        return False
+    try:
+        known = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return True
+    return not {"avx512_vnni", "avx_vnni", "avx10"} & set(known)
 
 
 def verify(entry: dict[str, Any]) -> None:

@@ -73,11 +73,16 @@ class OnnxRuntime(Runtime):
     def describe(self, folder: Path) -> dict[str, Any]:
         import onnx
 
-        from attar.runtimes.onnxruntime_session import CONFIG
+        from attar.runtimes.onnxruntime_session import CONFIG, CONFIG_WITHOUT_VNNI
 
         proto = onnx.load(str(folder / self.model_file), load_external_data=False)
         opset = next(o.version for o in proto.opset_import if o.domain == "")
-        return {**super().describe(folder), "opset": opset, "config": CONFIG}
+        return {
+            **super().describe(folder),
+            "opset": opset,
+            "config": CONFIG,
+            "config_without_vnni": CONFIG_WITHOUT_VNNI,
+        }
 
     def embed(self, folder: Path, core: dict[str, Any]) -> None:
         from attar.runtimes.onnxruntime_graph import embed

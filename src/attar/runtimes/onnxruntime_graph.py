@@ -70,8 +70,8 @@ def _share_constants(graph: onnx.GraphProto) -> None:
 
 def _part_bytes(graph: onnx.GraphProto) -> None:
     """Gives every node int8 constants of its own. Where a session must move 8-bit weights to other
-    kernels (see `onnxruntime_session.CONFIG`), ONNX Runtime 1.32 can't load a file whose nodes
-    share one."""
+    kernels (see `onnxruntime_session.CONFIG_WITHOUT_VNNI`), ONNX Runtime 1.32 can't load a file
+    whose nodes share one."""
     byte = {t.name: t for t in graph.initializer if t.data_type == onnx.TensorProto.INT8}
     uses: dict[str, int] = {}
     for node in graph.node:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import platform
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from attar.errors import ExportError
+from attar.measure.processor import saturates
 from attar.runtimes.onnxruntime_graph import save, tidy
 
 
@@ -51,7 +51,7 @@ def quantize_plainly(
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
                 per_channel=True,
-                reduce_range=_overflows(),
+                reduce_range=saturates(),
             )
         except OSError:
             raise
@@ -59,14 +59,6 @@ def quantize_plainly(
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ExportError(f"ONNX Runtime can't quantize {source}: {reason}") from error
         save(tidy(onnx.load(str(quantized))), target)
-
-
-def _overflows() -> bool:
-    """Whether this processor's uint8-times-int8 products may overflow: x86 without VNNI."""
-    if platform.machine().lower() not in {"x86_64", "amd64"}:
-        return False
-    info = Path("/proc/cpuinfo")
-    return not info.exists() or "vnni" not in info.read_text()
 
 
 @contextlib.contextmanager
