@@ -52,7 +52,7 @@ def hurried() -> Iterator[None]:
     """Times every row as briefly as can be, for nothing here looks at timings, and lets exports
     share the list of known operators, which PyTorch makes anew (a second) for each."""
     from attar.measure import latency
-    from attar.pipeline import execute
+    from attar.pipeline import ledger
 
     with pytest.MonkeyPatch.context() as patch:
         with suppress(ImportError, AttributeError):  # of no consequence in other versions
@@ -60,8 +60,8 @@ def hurried() -> Iterator[None]:
 
             make = onnxscript_apis.get_torchlib_ops
             patch.setattr(onnxscript_apis, "get_torchlib_ops", lambda: OPERATORS or make_once(make))
-        patch.setattr(execute, "FIRST_LOOK_SECONDS", 0.01)
-        patch.setattr(execute, "FINAL_SECONDS", 0.01)
+        patch.setattr(ledger, "FIRST_LOOK_SECONDS", 0.01)
+        patch.setattr(ledger, "FINAL_SECONDS", 0.01)
         patch.setattr(latency, "WARM_UP_SECONDS", 0.001)
         patch.setattr(latency, "BLOCK_SECONDS", 0.0001)
         yield

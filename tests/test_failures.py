@@ -167,7 +167,7 @@ def full_at(where: str) -> Callable[..., Any]:
         ("shutil", "copytree"),  # the view of an entry
         ("numpy", "savez_compressed"),  # a row's answers
         ("pathlib.Path", "write_text"),  # the ledger
-        ("attar.pipeline.execute", "write_bundle"),
+        ("attar.pipeline.ledger", "write_bundle"),
         ("attar.training.loop", "save_checkpoint"),
     ],
 )
