@@ -20,9 +20,10 @@ from attar.models import build
 from attar.models.base import ModelSpec
 from attar.prune import ChannelsRemoved, Masked, criteria, prune_channels, prune_weights
 from attar.quantize import Quantized
-from attar.quantize.edit import Scheme, weights_sha256
+from attar.quantize.edit import Scheme
 from attar.share import Shared, share_weights
 from attar.student import Edit, Student, load_student, save_student
+from attar.student.fingerprint import weights_sha256
 
 SPEC = ModelSpec(model="cifar-resnet8", channels=1, classes=10)
 IMAGES = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -20,6 +20,7 @@ from attar.distill.signal import Signal
 from attar.events import Listener, silent
 from attar.measure.machine import cpu_name
 from attar.store import cache_folder, key_of, write_whole
+from attar.student.fingerprint import fingerprint, source_of
 from attar.tasks.base import Task
 
 LARGEST_ERROR = 0.02
@@ -72,6 +73,11 @@ class Teacher:
         self._form: Form | None = None
         self.choice: dict[str, Any] = {"form": Original.name}
         """Which form answers, and what it was chosen by: `seconds` a batch of each form tried."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of what its answers depend on besides the examples."""
+        return key_of(network=fingerprint(self._module), task=source_of(type(self._task)))
 
     def signal(self, batch: Batch) -> Signal:
         """Logits and inner layers, without gradients, on the batch's device."""

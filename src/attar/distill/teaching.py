@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from torch import nn
 
 from attar.data.arrays import ArraySplit
 from attar.data.base import Data
-from attar.distill.stored import StoredTeacher
+from attar.distill.stored import StoredTeacher, stored
 from attar.distill.teacher import Teacher
 from attar.errors import UsageError
 from attar.events import Listener, silent
+from attar.store import Store
 from attar.tasks.base import Task
 from attar.training.config import Training
 from attar.training.loop import augmentation_seed
@@ -31,7 +31,7 @@ def teaching(
     training: Training,
     label: str,
     seed: int,
-    folder: Path,
+    store: Store,
     layers: Sequence[str] = (),
     views: int | None = None,
     tell: Listener = silent,
@@ -39,7 +39,7 @@ def teaching(
     """The source of a teacher's signals for the training called `label`, and the data to train on.
 
     views: how many augmentations of each example the teacher is asked about, once; its answers are
-        kept in `folder`, and the data's training split goes through these views in turn. `None`: a
+        kept in `store`, and the data's training split goes through these views in turn. `None`: a
         live teacher, unless examples aren't augmented: then each has one view, and stored answers
         are the live ones.
     layers: inner layers that are wanted; they come from a live teacher only.
@@ -57,15 +57,9 @@ def teaching(
         return teacher, data
     assert isinstance(split, ArraySplit)
     split = split.with_views(views)
-    stored = StoredTeacher(
-        teacher,
-        split,
-        views=views,
-        seed=augmentation_seed(seed, label),
-        folder=folder,
-        tell=tell,
-    )
-    return stored, replace(data, train=split)
+    drawn_by = augmentation_seed(seed, label)
+    source = stored(teacher, split, views=views, seed=drawn_by, store=store, tell=tell)
+    return source, replace(data, train=split)
 
 
 def _require_storable(data: Data, layers: Sequence[str]) -> None:

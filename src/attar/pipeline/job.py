@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
-import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +18,7 @@ from attar.models import ModelSpec, build, load_checkpoint, resolve
 from attar.recipe.model import Budget, Deploy
 from attar.stages.base import Stage
 from attar.student import Student, load_student
+from attar.student.fingerprint import fingerprint
 from attar.tasks.base import Task
 from attar.training.config import Training
 
@@ -151,26 +150,9 @@ def require_answers(job: Job, student: Student, who: str) -> None:
         raise DataError(f"the {who} answers with infinities or NaN: its weights are damaged")
 
 
-def source_of(kind: type) -> str:
-    """The text of a class of the person's own: a result made by it is stored under what it was.
-    Empty for Attar's and PyTorch's, whose versions say it, and where no text is to be found."""
-    texts = []
-    for base in kind.__mro__:
-        if base.__module__.partition(".")[0] not in ("attar", "torch", "abc", "builtins"):
-            with contextlib.suppress(OSError, TypeError):
-                texts.append(inspect.getsource(base))
-    return "\n".join(texts)
-
-
 def handed_in(module: nn.Module) -> Origin:
     """The origin of a module from Python: known by its classes, structure and weights."""
-    digest = hashlib.sha256(f"{type(module).__qualname__}\n{module}".encode())
-    for kind in dict.fromkeys(type(part) for part in module.modules()):
-        digest.update(source_of(kind).encode())
-    for name, tensor in module.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return Origin(key=digest.hexdigest()[:32], module=module)
+    return Origin(key=fingerprint(module), module=module)
 
 
 def _named_origin(network: Network, data: Data, trusted: Trust) -> Origin:

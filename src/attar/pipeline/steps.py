@@ -14,10 +14,11 @@ import torch
 
 import attar
 from attar.events import Listener, Log, several
-from attar.pipeline.job import Job, Origin, content_of, source_of
+from attar.pipeline.job import Job, Origin, content_of
 from attar.stages.base import Context, Stage
 from attar.store import Store, key_of
 from attar.student import Student, save_student
+from attar.student.fingerprint import source_of
 
 
 class Steps:
@@ -79,6 +80,7 @@ class Steps:
                 teacher=teacher.module if teacher is not None else None,
                 seed=job.seed,
                 work=work,
+                store=self.store,
                 tell=self.recorder(work),
                 runtime=job.deploy.runtime,
                 threads=job.deploy.threads,

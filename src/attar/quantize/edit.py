@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from attar.errors import CheckpointError
 from attar.quantize.cpu import safe_on, weight_bits
 from attar.student import Edit
+from attar.student.fingerprint import weights_sha256
 
 
 @dataclass(frozen=True)
@@ -132,12 +131,3 @@ def quantized_reference(
     for edit in edits:
         graph = edit.graph(graph or module, example, dynamic_shapes) or graph
     return graph
-
-
-def weights_sha256(module: nn.Module) -> str:
-    """A hash of a network's parameters and buffers, names and all."""
-    digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()

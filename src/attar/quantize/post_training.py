@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from attar.quantize.edit import Grids, Quantized, Scheme, weights_sha256
+from attar.quantize.edit import Grids, Quantized, Scheme
 from attar.student import Student
+from attar.student.fingerprint import weights_sha256
 
 
 def quantize(

@@ -14,6 +14,7 @@ from torch import nn
 from attar.data.base import Data
 from attar.events import Listener, silent
 from attar.registry import Registry
+from attar.store import Store
 from attar.student import Student
 from attar.tasks.base import Task
 from attar.training.config import Training
@@ -34,6 +35,7 @@ class Context:
         none. It is the recipe's teacher, not the student before the stage.
     work: a folder of the stage's own for checkpoints; what is in it survives a kill, so that the
         same stage resumes where it was.
+    store: where a teacher's answers are kept for whoever needs them next; default: in `work`.
     runtime, threads, batch: the deploy target.
     max_drop: the budget's, as a fraction, for searches (`ratio: auto`); `None` without one.
     baseline: the teacher's validation metric, what a drop is counted from.
@@ -46,6 +48,7 @@ class Context:
     teacher: nn.Module | None
     seed: int
     work: Path
+    store: Store | None = None
     tell: Listener = silent
     runtime: str = "onnxruntime"
     threads: int = 1
@@ -118,7 +121,7 @@ class Context:
             training=training,
             label=label,
             seed=self.seed,
-            folder=self.work / f"{label} answers",
+            store=self.store or Store(self.work / "store"),
             layers=layers,
             views=views,
             tell=self.tell,
