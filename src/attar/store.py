@@ -135,7 +135,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
 
 def clear_run(folder: Path) -> None:
     """Removes from a run's folder what a run writes; anything else there stays."""
-    for name in ("bundle", "student", "stages"):
+    for name in ("bundle", "student", "stages", "tracking"):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in RUN_FILES:
         (folder / name).unlink(missing_ok=True)

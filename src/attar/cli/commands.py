@@ -98,6 +98,12 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would be done.")
     ] = False,
+    track: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--track", metavar="TRACKER", help="Tell a tracker as well: tensorboard, mlflow, …"
+        ),
+    ] = None,
     trust: TrustOption = False,
     as_json: Json = False,
 ) -> None:
@@ -110,6 +116,7 @@ def run(
         attar run digits
         attar run recipe.yaml --set stages.prune.ratio=0.3 --out runs/gentle
         attar run runs/gentle --resume
+        attar run digits --track tensorboard
 
     Exit code: 0 done and the budget met, 3 done but not met, 2 wrong usage or recipe, 1 failed.
     """
@@ -126,11 +133,17 @@ def run(
     folder = out or run_folder(recipe, loaded.name)
     make_way(folder, resume=resume, overwrite=overwrite)
 
+    from attar.events import several
     from attar.pipeline import run as start
+    from attar.pipeline.tracking import tracked
     from attar.screen import Screen, screen_console
 
-    with Screen(screen_console(stderr=as_json)) as screen:
-        finished = start(loaded, folder, resume=resume, tell=screen, trusted=_trust(trust))
+    with (
+        Screen(screen_console(stderr=as_json)) as screen,
+        tracked(track or [], loaded, folder) as tracker,
+    ):
+        tell = several(screen, tracker)
+        finished = start(loaded, folder, resume=resume, tell=tell, trusted=_trust(trust))
     if as_json:
         print_json({"folder": str(folder), "ledger": finished.ledger})
     if not finished.budget_met:

@@ -37,4 +37,4 @@ def make_way(folder: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def _is_run(held: set[str]) -> bool:
-    return bool(held & {"recipe.yaml", "log.jsonl", "ledger.json"})
+    return bool(held & {"recipe.yaml", "log.jsonl", "ledger.json", "tracking"})
