@@ -2,8 +2,9 @@
 
     python benchmarks/recipes.py --recipes mnist pneumonia --seeds 3
 
-Every finished run is a line of `results/recipes.jsonl`; runs that are there already are not made
-again, so what one sitting could not finish the next goes on with. Each recipe's own figures:
+Every finished run is a line of `results/recipes.jsonl`; runs of the same recipe that are there
+already, from such a machine, are not made again, so what one sitting could not finish the next goes
+on with. Each recipe's own figures:
 
 - `<recipe>_bytes_ratio`: the teacher's bytes over the final bundle's;
 - `<recipe>_speed_up`: the teacher in eager PyTorch over the final bundle, one thread, batch 1,
@@ -15,7 +16,9 @@ again, so what one sitting could not finish the next goes on with. Each recipe's
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import statistics
 import time
 from pathlib import Path
@@ -28,7 +31,7 @@ from attar.measure.intervals import ratio_interval
 from attar.measure.latency import time_interleaved
 from attar.measure.machine import environment
 from attar.pipeline import run
-from attar.recipe import load_recipe
+from attar.recipe import Recipe, dump_recipe, load_recipe
 from attar.runtimes.bundle import read_bundle
 
 GOALS: dict[str, tuple[str, float]] = {
@@ -50,17 +53,33 @@ def finished() -> list[dict[str, Any]]:
     return [json.loads(line) for line in LOG.read_text(encoding="utf-8").splitlines()]
 
 
-def run_once(name: str, seed: int, overrides: list[str]) -> dict[str, Any]:
+def key_of(run: dict[str, Any]) -> tuple[Any, ...]:
+    """What two runs must have in common for one to stand for the other."""
+    machine = run["environment"]
+    return run.get("recipe_sha256"), machine["cpu"], tuple(machine.get("instructions", ()))
+
+
+def described(recipe: Recipe) -> dict[str, Any]:
+    """A run of this recipe on this machine, before anything is measured."""
+    text = dump_recipe(recipe).replace(os.environ.get("ATTAR_DATA", "data"), "data")
+    return {
+        "recipe": recipe.name,
+        "recipe_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "seed": recipe.seed,
+        "environment": environment(),
+    }
+
+
+def run_once(recipe: Recipe, overrides: list[str]) -> dict[str, Any]:
     """One run of a recipe, as a line of the log."""
-    recipe = load_recipe(name, [f"seed={seed}", *overrides])
+    name, seed = recipe.name, recipe.seed
     folder = Path("runs") / "benchmarks" / f"{name}-{seed}"
     started = time.perf_counter()
     done = run(recipe, folder, resume=True, tell=progress)
     ledger = done.ledger
     first, last = ledger["rows"][0], ledger["rows"][-1]
     return {
-        "recipe": name,
-        "seed": seed,
+        **described(recipe),
         "overrides": overrides,
         "date": time.strftime("%Y-%m-%d"),
         "teacher": first["metric"]["value"],
@@ -74,7 +93,6 @@ def run_once(name: str, seed: int, overrides: list[str]) -> dict[str, Any]:
         "int8_over_float": int8_over_float(folder, ledger["rows"]),
         "seconds": round(time.perf_counter() - started),
         "computed_seconds": round(sum(row["seconds"] for row in ledger["rows"])),
-        "environment": environment(),
     }
 
 
@@ -145,15 +163,16 @@ def main() -> None:
     arguments = parser.parse_args()
     names = ["digits"] if arguments.quick else arguments.recipes
     RESULTS.mkdir(exist_ok=True)
-    known = {(r["recipe"], r["seed"], tuple(r["overrides"])): r for r in finished()}
+    known = {key_of(run): run for run in finished()}
     table, figures = [], {}
     for name in names:
         runs = []
         for seed in range(arguments.seeds):
-            key = (name, seed, tuple(arguments.set))
+            recipe = load_recipe(name, [f"seed={seed}", *arguments.set])
+            key = key_of(described(recipe))
             if key not in known or arguments.quick:
                 print(f"{name}, seed {seed}", flush=True)
-                known[key] = run_once(name, seed, arguments.set)
+                known[key] = run_once(recipe, arguments.set)
                 if not arguments.quick:
                     with LOG.open("a", encoding="utf-8") as log:
                         log.write(json.dumps(known[key]) + "\n")

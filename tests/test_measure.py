@@ -25,7 +25,7 @@ from attar.measure.intervals import (
 from attar.measure.latency import time_interleaved
 from attar.measure.machine import environment, package_version
 from attar.measure.memory import session_memory_mb
-from attar.measure.processor import saturates
+from attar.measure.processor import cpu_name, instructions, saturates
 from attar.runtimes import _predict, runtimes
 from attar.runtimes.bundle import write_bundle
 
@@ -272,7 +272,15 @@ def test_slower_calls_have_larger_figures():
 
 def test_the_environment_says_where_figures_come_from():
     told = environment()
-    assert told.keys() == {"python", "system", "cpu", "cores", "memory_gb", "packages"}
+    assert told.keys() == {
+        "python",
+        "system",
+        "cpu",
+        "instructions",
+        "cores",
+        "memory_gb",
+        "packages",
+    }
     assert told["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert told["cores"] >= 1 and told["memory_gb"] > 0 and told["cpu"]
     assert json.loads(json.dumps(told)) == told
@@ -336,6 +344,16 @@ def test_the_processor_says_whether_byte_products_overflow(flags, machine, expec
     info = tmp_path / "cpuinfo"
     info.write_text(f"processor : 0\nflags : {flags}\n")
     assert saturates(info, machine) is expected
+
+
+def test_processors_of_one_name_are_told_apart(tmp_path):
+    info = tmp_path / "cpuinfo"
+    info.write_text("processor : 0\nmodel name\t: AMD EPYC\nflags\t: fpu avx2 avx512_vnni\n")
+    assert cpu_name(info) == "AMD EPYC"
+    assert instructions(info) == ["avx2", "avx512_vnni"]
+    info.write_text("processor : 0\nFeatures : fp asimd asimddp\n")
+    assert instructions(info) == ["asimddp"]
+    assert instructions(tmp_path / "missing") == []
 
 
 def test_an_x86_processor_that_cannot_be_asked_is_taken_to_overflow(tmp_path):

@@ -18,7 +18,7 @@ from attar.distill.criterion import wide
 from attar.distill.forms import FASTER, Exported, Form, Original
 from attar.distill.signal import Signal
 from attar.events import Listener, silent
-from attar.measure.machine import cpu_name
+from attar.measure.processor import cpu_name, instructions
 from attar.store import cache_folder, key_of, write_whole
 from attar.student.fingerprint import fingerprint, source_of
 from attar.tasks.base import Task
@@ -161,7 +161,9 @@ class Teacher:
             batch=tuple(batch.inputs.shape),
             layers=self._layers,
             calls=self._calls,
-            machine=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+            machine=torch.cuda.get_device_name(device)
+            if device.type == "cuda"
+            else [cpu_name(), *instructions()],
             threads=torch.get_num_threads(),
             torch=torch.__version__,
         )

@@ -89,8 +89,7 @@ def _point(run: RunRecord, name: str, x: float) -> Point:
 
 def _cautions(runs: Sequence[RunRecord]) -> list[str]:
     said = []
-    cpus = {(run.ledger.get("environment") or {}).get("cpu") for run in runs if run.ledger}
-    if len(cpus) > 1:
+    if len({_processor(run) for run in runs if run.ledger}) > 1:
         said.append("The runs were measured on different processors: don't compare their speed.")
     if len({_measure(run) for run in runs if run.final}) > 1:
         said.append("The runs are judged by different metrics: don't compare those.")
@@ -101,6 +100,12 @@ def _cautions(runs: Sequence[RunRecord]) -> list[str]:
     if len(targets) > 1:
         said.append("The runs were measured with different runtimes, batches or threads.")
     return said
+
+
+def _processor(run: RunRecord) -> str:
+    """Its name and instructions: virtual machines give different processors one name."""
+    environment = run.ledger.get("environment") or {}
+    return f"{environment.get('cpu')} {environment.get('instructions')}"
 
 
 def _target(run: RunRecord) -> tuple[Any, ...]:
