@@ -9,7 +9,9 @@ from pathlib import Path
 
 import psutil
 
-PACKAGES = ("torch", "torchvision", "torchao", "onnx", "onnxruntime", "accelerate", "numpy")
+PACKAGES = (
+    "torch", "torchvision", "torchao", "onnx", "onnxruntime", "openvino", "accelerate", "numpy",
+)  # fmt: skip
 
 
 def cpu_name() -> str:
