@@ -13,9 +13,11 @@ from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from attar.errors import ExportError, ParityError
-from attar.runtimes import onnxruntime_session, runtimes
-from attar.runtimes.onnxruntime_graph import optimise_file, save, tidy
+from attar.errors import ExportError, ParityError, UsageError
+from attar.quantize import Scheme, quantize
+from attar.runtimes import Runtime, onnxruntime_session, runtimes
+from attar.runtimes.onnx_file import save, tidy
+from attar.runtimes.onnxruntime_graph import optimise_file
 from attar.runtimes.onnxruntime_profile import operators, profile
 from attar.runtimes.onnxruntime_session import OnnxSession
 from attar.runtimes.parity import QUANTIZED, check_parity
@@ -341,3 +343,15 @@ def test_the_runtime_that_is_exported_to_can_be_listed():
     assert runtimes.describe()["onnxruntime"].startswith("ONNX Runtime on the CPU")
     ready, version = runtimes.get("onnxruntime").available()
     assert ready and version[0].isdigit()
+
+
+def test_a_runtime_without_int8_graphs_says_so(monkeypatch):
+    monkeypatch.setattr(type(RUNTIME), "quantizer", Runtime.quantizer)
+    with pytest.raises(UsageError, match="no int8 graphs are made for the runtime onnxruntime"):
+        quantize(
+            Student(ConvNet().eval()),
+            Scheme(),
+            [(images(4),)],
+            example=(images(2),),
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+        )

@@ -10,7 +10,9 @@ import psutil
 
 from attar.measure.processor import cpu_name, instructions
 
-PACKAGES = ("torch", "torchvision", "torchao", "onnx", "onnxruntime", "accelerate", "numpy")
+PACKAGES = (
+    "torch", "torchvision", "torchao", "onnx", "onnxruntime", "openvino", "accelerate", "numpy",
+)  # fmt: skip
 
 
 def package_version(name: str) -> str | None:

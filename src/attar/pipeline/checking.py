@@ -16,7 +16,7 @@ from attar.events import Listener, silent
 from attar.files import Trust
 from attar.measure.cost import macs, parameters
 from attar.models import inherit
-from attar.pipeline.job import Job, job_of, require_answers
+from attar.pipeline.job import Job, job_of, require_answers, require_runtime
 from attar.pipeline.rows import eager_call, inputs_of, reference_outputs, timed_on
 from attar.prune import channel_graph
 from attar.quantize import Scheme, quantize, quantized_reference
@@ -46,6 +46,7 @@ def check(recipe: Recipe, *, tell: Listener = silent, trusted: Trust = False) ->
     job = job_of(recipe, trusted=trusted)
     for note in job.data.notes:
         tell({"event": "note", "text": note})
+    require_runtime(job.deploy)
     teacher = job.teacher.fresh(job.seed)
     require_answers(job, teacher, "teacher")
     student = job.student.fresh(job.seed + 1) if job.student is not None else None

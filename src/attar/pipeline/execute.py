@@ -10,7 +10,7 @@ from attar.errors import UsageError
 from attar.events import Listener, Log, several, silent
 from attar.models import inherit
 from attar.pipeline.details import details_of
-from attar.pipeline.job import Job, Origin, require_answers
+from attar.pipeline.job import Job, Origin, require_answers, require_runtime
 from attar.pipeline.ledger import Ledger
 from attar.pipeline.result import Run
 from attar.pipeline.steps import Steps
@@ -39,6 +39,7 @@ def execute(
             "a run is one process: start it without torchrun or accelerate launch "
             "(attar.training.loop.train is what trains in several)"
         )
+    require_runtime(job.deploy)
     for origin, who in ((job.teacher, "teacher"), (job.student, "student")):
         if origin is not None:
             require_answers(job, origin.fresh(job.seed), who)

@@ -16,6 +16,7 @@ from attar.errors import CheckpointError, DataError, UsageError
 from attar.files import Trust, allow, from_file, is_reference
 from attar.models import ModelSpec, build, load_checkpoint, resolve
 from attar.recipe.model import Budget, Deploy
+from attar.runtimes import runtimes
 from attar.stages.base import Stage
 from attar.student import Student, load_student
 from attar.student.fingerprint import fingerprint
@@ -122,6 +123,14 @@ def require_source(recipe: Recipe) -> None:
             f"the data of {recipe.name!r} were handed in from Python: go on with it by the same "
             "call of attar.compress, or name a data set"
         )
+
+
+def require_runtime(deploy: Deploy) -> None:
+    """Raises `UsageError` where the runtime to deploy to isn't on this machine: nothing could be
+    measured."""
+    ready, how = runtimes.get(deploy.runtime)().available()
+    if not ready:
+        raise UsageError(f"the runtime {deploy.runtime} is missing: {how}")
 
 
 def allow_own_files(stages: list[Stage], trusted: Trust) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 
 from attar.measure.intervals import Interval, ratio_interval
 from attar.measure.latency import time_interleaved
@@ -17,16 +16,6 @@ from attar.student import Student
 
 SECONDS = 0.6
 PROFILED_RUNS = 60
-COMPUTE = {
-    "Conv",
-    "FusedConv",
-    "Gemm",
-    "FusedGemm",
-    "MatMul",
-    "QLinearConv",
-    "QGemm",
-    "QLinearMatMul",
-}
 
 
 class RuntimeBench:
@@ -72,16 +61,10 @@ class RuntimeBench:
         return {layer: (was[layer], now[layer]) for layer in now if layer in was}
 
     def _layer_times(self, float_layers: tuple[str, ...]) -> dict[str, float]:
-        from attar.runtimes.onnxruntime_profile import profile
-
         folder = self._export(float_layers)
-        owner = _owners(folder / self._runtime.model_file)
-        times: dict[str, float] = {}
-        for row in profile(folder, self._inputs, threads=self._threads, runs=PROFILED_RUNS):
-            layer = owner(row["node"]) if row["op"] in COMPUTE else None
-            if layer:
-                times[layer] = times.get(layer, 0.0) + row["p50_us"]
-        return times
+        return self._runtime.layer_times(
+            folder, self._inputs, threads=self._threads, runs=PROFILED_RUNS
+        )
 
     def _export(self, float_layers: tuple[str, ...]) -> Path:
         if float_layers not in self._exported:
@@ -95,19 +78,3 @@ class RuntimeBench:
             )
             self._exported[float_layers] = folder
         return self._exported[float_layers]
-
-
-def _owners(path: Path) -> Callable[[str], str | None]:
-    """Which layer a profiled node belongs to. ONNX Runtime calls a convolution by what it fused
-    into it (`layer1.0/Relu`), so the way back leads to the nearest one that feeds it."""
-    nodes = onnx.load(str(path)).graph.node
-    named = {node.name: node for node in nodes}
-    makers = {value: node for node in nodes for value in node.output}
-
-    def owner(name: str) -> str | None:
-        node = named.get(name.removeprefix("fused ").partition("_token_")[0])
-        while node is not None and node.op_type not in COMPUTE:
-            node = makers.get(node.input[0]) if node.input else None
-        return node.name.rpartition("/")[0] if node is not None else None
-
-    return owner

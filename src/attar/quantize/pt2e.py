@@ -9,9 +9,9 @@ from torch import nn
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-from attar.errors import UsageError
 from attar.quantize.graph import capture, pad_integers
 from attar.quantize.observers import ActivationObserver, Grid, PerChannelWeight
+from attar.runtimes.base import runtimes
 
 if TYPE_CHECKING:
     from attar.quantize.edit import Scheme
@@ -28,14 +28,8 @@ def prepare(
     Raises `UsageError` for a runtime without int8 graphs, `ExportError` for a network that can't be
     traced.
     """
-    if scheme.runtime != "onnxruntime":
-        raise UsageError(
-            f"int8 graphs are made for the runtime onnxruntime, not {scheme.runtime!r}"
-        )
-    from attar.runtimes.onnxruntime_quantizer import OnnxRuntimeQuantizer
-
     graph = capture(module, example, dynamic_shapes)
-    quantizer = OnnxRuntimeQuantizer(
+    quantizer = runtimes.get(scheme.runtime)().quantizer(
         activation=ActivationObserver.with_args(choice=scheme.observer),
         weight=PerChannelWeight.with_args(),
         weight_bits=scheme.weight_bits,

@@ -141,6 +141,16 @@ class Deploy(Part):
     def _runtime_exists(cls, name: str) -> str:
         return _registered(runtimes, name)
 
+    @model_validator(mode="after")
+    def _passes_exist(self) -> Deploy:
+        known = runtimes.get(self.runtime).passes
+        if self.graph not in known:
+            raise ValueError(
+                f"graph: {self.graph} is nothing the runtime {self.runtime} can do; "
+                f"it knows {', '.join(known)}"
+            )
+        return self
+
 
 class Budget(Part):
     """What the person can afford; what isn't given isn't judged.

@@ -1,11 +1,12 @@
-"""Answers with the model in this folder. Needs numpy and onnxruntime, and Pillow for images.
+"""Answers with the model in this folder. Needs numpy, Pillow for images, and the runtime that
+`manifest.json` names: onnxruntime or openvino.
 
     python predict.py picture.png [more.png ...] [--top 3]   class names and probabilities
     python predict.py input.npy                              an input that is prepared already
     python predict.py --bench [--threads 1] [--batch 1]      replay stored answers, time, as JSON
 
-This file is copied into every bundle and imports nothing of Attar. `manifest.json` beside it says
-what the model's input wants. Exit code: 0 done, 1 failed or answers differ, 2 wrong usage.
+This file is copied into every bundle and imports nothing of Attar. `manifest.json` beside it also
+says what the model's input wants. Exit code: 0 done, 1 failed or answers differ, 2 wrong usage.
 """
 
 import argparse
@@ -15,8 +16,9 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,19 +28,31 @@ FLOAT_DIFFERENCE, QUANTIZED_DIFFERENCE = 1e-3, 0.05
 """How far another machine's answers may be, as shares of their scale."""
 
 
+Answers = Callable[[list[np.ndarray]], list[np.ndarray]]
+"""Inputs to outputs, in the model's order."""
+
+
 class Problem(Exception):
     """Something the person can act on, in one sentence."""
+
+
+class Model(NamedTuple):
+    """A loaded model: what answers, and the runtime's name and version."""
+
+    run: Answers
+    runtime: str
+    version: str
 
 
 def main() -> int:
     options = parse()
     try:
         manifest = read_manifest()
-        session = load(manifest, options.threads)
+        model = load(manifest, options.threads)
         if options.bench:
-            return bench(manifest, session, options)
+            return bench(manifest, model, options)
         for name in options.inputs:
-            answer(manifest, session, name, options)
+            answer(manifest, model, name, options)
     except Problem as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 1
@@ -76,9 +90,16 @@ def read_manifest() -> dict[str, Any]:
     return manifest
 
 
-def load(manifest: dict[str, Any], threads: int) -> Any:
+def load(manifest: dict[str, Any], threads: int) -> Model:
     for entry in [*manifest["files"], manifest["golden"]]:
         verify(entry)
+    path = HERE / manifest["files"][0]["path"]
+    if manifest["runtime"]["name"] == "openvino":
+        return load_openvino(path, manifest["runtime"], threads)
+    return load_onnxruntime(path, manifest["runtime"], threads)
+
+
+def load_onnxruntime(path: Path, wanted: dict[str, Any], threads: int) -> Model:
     try:
         import onnxruntime as ort
     except ImportError as error:
@@ -87,16 +108,74 @@ def load(manifest: dict[str, Any], threads: int) -> Any:
     settings.intra_op_num_threads = threads
     settings.inter_op_num_threads = 1
     settings.log_severity_level = 4
-    wanted = dict(manifest["runtime"].get("config", {}))
+    config = dict(wanted.get("config", {}))
     if lacks_vnni():
-        wanted |= manifest["runtime"].get("config_without_vnni", {})
-    for key, value in wanted.items():
+        config |= wanted.get("config_without_vnni", {})
+    for key, value in config.items():
         settings.add_session_config_entry(key, value)
-    path = HERE / manifest["files"][0]["path"]
     try:
-        return ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors share no base class
         raise Problem(f"onnxruntime {ort.__version__} can't load {path}: {error}") from None
+    names = [i.name for i in session.get_inputs()]
+
+    def run(inputs: list[np.ndarray]) -> list[np.ndarray]:
+        return session.run(None, dict(zip(names, inputs, strict=True)))
+
+    return Model(run, "onnxruntime", ort.__version__)
+
+
+def load_openvino(path: Path, wanted: dict[str, Any], threads: int) -> Model:
+    # Without this part, OpenVINO doesn't report its use to Intel over the network.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    try:
+        import openvino
+    except ImportError as error:
+        raise Problem(f"openvino is missing: pip install openvino ({error})") from None
+    config = {**wanted.get("config", {}), "INFERENCE_NUM_THREADS": str(threads)}
+    version = openvino.__version__.partition("-")[0]
+    core = openvino.Core()
+    try:
+        model = core.read_model(str(path))
+    except RuntimeError as error:
+        raise Problem(f"openvino {version} can't load {path}: {last_line(error)}") from None
+    compiled: dict[Any, Answers] = {}
+
+    def run(inputs: list[np.ndarray]) -> list[np.ndarray]:
+        shapes = tuple(x.shape for x in inputs)
+        if shapes not in compiled:  # fixed shapes are faster, and there are few here
+            compiled[shapes] = compile_openvino(core, model, shapes, config)
+        return compiled[shapes](inputs)
+
+    return Model(run, "openvino", version)
+
+
+def compile_openvino(core: Any, model: Any, shapes: Any, config: dict[str, str]) -> Answers:
+    for taken, shape in zip(model.inputs, shapes, strict=True):
+        fits = len(taken.partial_shape) == len(shape) and all(
+            wanted.is_dynamic or wanted.get_length() == size
+            for wanted, size in zip(taken.partial_shape, shape, strict=True)
+        )
+        if not fits:
+            raise ValueError(f"an input has the shape {list(shape)}, not {taken.partial_shape}")
+    fixed = model.clone()
+    fixed.reshape({i: list(shape) for i, shape in enumerate(shapes)})
+    request = core.compile_model(fixed, "CPU", config).create_infer_request()
+    places = [request.get_input_tensor(i).data for i in range(len(shapes))]
+    outputs = range(len(fixed.outputs))
+
+    def run(inputs: list[np.ndarray]) -> list[np.ndarray]:
+        for place, given in zip(places, inputs, strict=True):
+            np.copyto(place, given)
+        request.infer(share_outputs=True)
+        return [request.get_output_tensor(i).data.copy() for i in outputs]
+
+    return run
+
+
+def last_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
 
 
 def lacks_vnni() -> bool:
@@ -120,10 +199,10 @@ def verify(entry: dict[str, Any]) -> None:
         raise Problem(f"{path} is damaged or was changed: copy the bundle again")
 
 
-def answer(manifest: dict[str, Any], session: Any, name: str, options: argparse.Namespace) -> None:
+def answer(manifest: dict[str, Any], model: Model, name: str, options: argparse.Namespace) -> None:
     inputs = read(Path(name), manifest["inputs"])
     try:
-        outputs = session.run(None, dict(zip(names(session), inputs, strict=True)))
+        outputs = model.run(inputs)
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
         raise Problem(f"the model does not take {name}: {reason}") from None
@@ -137,10 +216,6 @@ def answer(manifest: dict[str, Any], session: Any, name: str, options: argparse.
         print(f"{name}:")
     for label, probability in ranked:
         print(f"{label:<20} {probability:7.2%}")
-
-
-def names(session: Any) -> list[str]:
-    return [i.name for i in session.get_inputs()]
 
 
 def read(path: Path, inputs: list[dict[str, Any]]) -> list[np.ndarray]:
@@ -196,21 +271,18 @@ def rank(logits: np.ndarray, classes: list[str] | None) -> list[tuple[str, float
     return [(labels[i], float(probabilities[i])) for i in np.argsort(-probabilities)]
 
 
-def bench(manifest: dict[str, Any], session: Any, options: argparse.Namespace) -> int:
-    import onnxruntime as ort
-
+def bench(manifest: dict[str, Any], model: Model, options: argparse.Namespace) -> int:
     with np.load(HERE / manifest["golden"]["path"], allow_pickle=False) as arrays:
         inputs = [arrays[n] for n in sorted(arrays.files) if n.startswith("input_")]
         expected = [arrays[n] for n in sorted(arrays.files) if n.startswith("output_")]
-    given = names(session)
-    found = session.run(None, dict(zip(given, inputs, strict=True)))
+    found = model.run(inputs)
     apart = [float(np.abs(a - b).max()) for a, b in zip(expected, found, strict=True)]
     scales = [max(1.0, float(np.abs(a).max())) for a in expected]
     limit = QUANTIZED_DIFFERENCE if "quantization" in manifest else FLOAT_DIFFERENCE
     agrees = all(d <= limit * s for d, s in zip(apart, scales, strict=True))
     rows = np.arange(options.batch) % len(inputs[0])
-    feed = dict(zip(given, [x[rows] for x in inputs], strict=True))
-    times = time_calls(lambda: session.run(None, feed), options.seconds)
+    feed = [x[rows] for x in inputs]
+    times = time_calls(lambda: model.run(feed), options.seconds)
     report = {
         "agrees": agrees,
         "max_abs_diff": max(apart),
@@ -226,7 +298,7 @@ def bench(manifest: dict[str, Any], session: Any, options: argparse.Namespace) -
         "process_memory_mb": peak_memory_mb(),
         "machine": f"{platform.system()} {platform.machine()}",
         "cores": os.cpu_count(),
-        "onnxruntime": ort.__version__,
+        model.runtime: model.version,
         "python": platform.python_version(),
     }
     print(json.dumps(report, indent=2))

@@ -4,12 +4,13 @@ and a session."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
+from attar.errors import UsageError
 from attar.registry import Registry
 
 runtimes: Registry[type[Runtime]] = Registry("runtime", "attar.runtimes")
@@ -34,6 +35,9 @@ class Runtime(ABC):
     name: ClassVar[str]
     model_file: ClassVar[str]
     """The name of the main file it writes: `model.onnx`."""
+    passes: ClassVar[tuple[GraphPasses, ...]] = ("all", "none")
+    """The graph optimisation that a session can be asked for; `("all",)` where it can't be left
+    out, so that there is nothing to compare it with."""
 
     @classmethod
     @abstractmethod
@@ -60,7 +64,8 @@ class Runtime(ABC):
 
     @abstractmethod
     def session(self, folder: Path, *, threads: int = 1, passes: GraphPasses = "all") -> Session:
-        """Loads the model in a bundle's folder."""
+        """Loads the model in a bundle's folder. Raises `BundleError` for one that can't be loaded,
+        `UsageError` for passes that the runtime doesn't know."""
 
     @abstractmethod
     def plain_int8(
@@ -68,6 +73,30 @@ class Runtime(ABC):
     ) -> list[Path]:
         """The runtime's own post-training quantization of an exported float model, its defaults:
         what anyone gets without Attar."""
+
+    def quantizer(
+        self,
+        *,
+        activation: Callable[..., Any],
+        weight: Callable[..., Any],
+        weight_bits: int = 8,
+        float_layers: Collection[str] = (),
+    ) -> Any:
+        """The PT2E `Quantizer` that marks what this runtime computes in int8.
+
+        activation, weight: make the observers, each with a `key` that outlives the graph.
+        weight_bits: 8, or 7. float_layers: paths of modules that compute in float; `*` means all.
+        Raises `UsageError` where no int8 graphs are made for the runtime.
+        """
+        raise UsageError(f"no int8 graphs are made for the runtime {self.name}: leave out quantize")
+
+    def layer_times(
+        self, folder: Path, inputs: tuple[np.ndarray, ...], *, threads: int = 1, runs: int = 50
+    ) -> dict[str, float]:
+        """By module path: the microseconds that a layer with weights takes in a call on `inputs`,
+        with what was fused into it; of use for comparing two exports. Empty for a runtime that
+        doesn't tell."""
+        return {}
 
     def describe(self, folder: Path) -> dict[str, Any]:
         """What the manifest's `runtime` says: `name`, `version`, and what else loading needs."""

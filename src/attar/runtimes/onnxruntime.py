@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar
@@ -41,13 +41,15 @@ class OnnxRuntime(Runtime):
         names: tuple[list[str], list[str]],
         optimise: bool = False,
     ) -> list[Path]:
-        from attar.runtimes.onnxruntime_export import export_onnx
-        from attar.runtimes.onnxruntime_graph import optimise_file, save, tidy
+        from attar.runtimes.onnx_export import export_onnx
+        from attar.runtimes.onnx_file import save, tidy
+        from attar.runtimes.onnxruntime_float import keep_float
+        from attar.runtimes.onnxruntime_graph import optimise_file
 
         proto = export_onnx(student, example=example, dynamic_shapes=dynamic_shapes, names=names)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / self.model_file
-        save(tidy(proto), path)
+        save(tidy(keep_float(proto)), path)
         if optimise:
             optimise_file(path, [t.detach().cpu().numpy() for t in example])
         return [path]
@@ -70,21 +72,39 @@ class OnnxRuntime(Runtime):
         quantize_plainly(source / self.model_file, path, calibration)
         return [path]
 
-    def describe(self, folder: Path) -> dict[str, Any]:
-        import onnx
+    def quantizer(
+        self,
+        *,
+        activation: Callable[..., Any],
+        weight: Callable[..., Any],
+        weight_bits: int = 8,
+        float_layers: Collection[str] = (),
+    ) -> Any:
+        from attar.runtimes.onnxruntime_quantizer import OnnxRuntimeQuantizer
 
+        return OnnxRuntimeQuantizer(
+            activation=activation, weight=weight, weight_bits=weight_bits, float_layers=float_layers
+        )
+
+    def layer_times(
+        self, folder: Path, inputs: tuple[np.ndarray, ...], *, threads: int = 1, runs: int = 50
+    ) -> dict[str, float]:
+        from attar.runtimes.onnxruntime_profile import layer_times
+
+        return layer_times(folder, inputs, threads=threads, runs=runs)
+
+    def describe(self, folder: Path) -> dict[str, Any]:
+        from attar.runtimes.onnx_file import opset
         from attar.runtimes.onnxruntime_session import CONFIG, CONFIG_WITHOUT_VNNI
 
-        proto = onnx.load(str(folder / self.model_file), load_external_data=False)
-        opset = next(o.version for o in proto.opset_import if o.domain == "")
         return {
             **super().describe(folder),
-            "opset": opset,
+            "opset": opset(folder / self.model_file),
             "config": CONFIG,
             "config_without_vnni": CONFIG_WITHOUT_VNNI,
         }
 
     def embed(self, folder: Path, core: dict[str, Any]) -> None:
-        from attar.runtimes.onnxruntime_graph import embed
+        from attar.runtimes.onnx_file import embed
 
         embed(folder / self.model_file, core)

@@ -16,7 +16,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from attar.errors import ExportError
 from attar.measure.processor import saturates
-from attar.runtimes.onnxruntime_graph import save, tidy
+from attar.runtimes.onnx_file import save, tidy
 
 
 class _Reader(CalibrationDataReader):

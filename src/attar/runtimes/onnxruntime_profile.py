@@ -6,6 +6,7 @@ import json
 import statistics
 import tempfile
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,17 @@ from attar.runtimes.onnxruntime_graph import optimised
 from attar.runtimes.onnxruntime_session import Level, load, options
 
 NEW_LAYOUT = "_nchwc"
+COMPUTE = {
+    "Conv",
+    "FusedConv",
+    "Gemm",
+    "FusedGemm",
+    "MatMul",
+    "QLinearConv",
+    "QGemm",
+    "QLinearMatMul",
+}
+"""Operators with weights, before and after passes."""
 
 
 def operators(folder: Path, passes: GraphPasses = "all") -> list[dict[str, Any]]:
@@ -64,6 +76,35 @@ def profile(
             session.run(None, feed)
         events = json.loads(Path(session.end_profiling()).read_text())
     return _summary(events, _layers(path))
+
+
+def layer_times(
+    folder: Path, inputs: tuple[np.ndarray, ...], *, threads: int = 1, runs: int = 50
+) -> dict[str, float]:
+    """As `Runtime.layer_times`."""
+    owner = _owners(folder / OnnxRuntime.model_file)
+    times: dict[str, float] = {}
+    for row in profile(folder, inputs, threads=threads, runs=runs):
+        layer = owner(row["node"]) if row["op"] in COMPUTE else None
+        if layer:
+            times[layer] = times.get(layer, 0.0) + row["p50_us"]
+    return times
+
+
+def _owners(path: Path) -> Callable[[str], str | None]:
+    """Which layer a profiled node belongs to. ONNX Runtime calls a convolution by what it fused
+    into it (`layer1.0/Relu`), so the way back leads to the nearest one that feeds it."""
+    nodes = onnx.load(str(path)).graph.node
+    named = {node.name: node for node in nodes}
+    makers = {value: node for node in nodes for value in node.output}
+
+    def owner(name: str) -> str | None:
+        node = named.get(name.removeprefix("fused ").partition("_token_")[0])
+        while node is not None and node.op_type not in COMPUTE:
+            node = makers.get(node.input[0]) if node.input else None
+        return node.name.rpartition("/")[0] if node is not None else None
+
+    return owner
 
 
 def _summary(events: list[dict[str, Any]], layers: dict[str, str]) -> list[dict[str, Any]]:

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attar.errors import ExportError
-from attar.runtimes.onnxruntime_float import keep_float
-from attar.runtimes.onnxruntime_graph import rename_values
+from attar.runtimes.onnx_file import rename_values
 
 if TYPE_CHECKING:
     import onnx
@@ -54,7 +53,7 @@ def export_onnx(
         program = _trace(graph, example, dynamic_shapes, network)
         proto = _translate(program, dynamic_shapes, names, network)
     _name_nodes_by_module(proto)
-    return keep_float(proto)
+    return proto
 
 
 def _trace(module: nn.Module, example: tuple[Any, ...], dynamic_shapes: Any, network: str) -> Any:
