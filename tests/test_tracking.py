@@ -27,7 +27,10 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return found
 
 
-def test_tensorboard_shows_trainings_and_the_ledger(tmp_path: Path) -> None:
+def test_tensorboard_shows_trainings_and_the_ledger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ATTAR_CACHE", str(tmp_path / "cache"))  # where nothing was computed yet
     path, folder = write_recipe(tmp_path / "recipe"), tmp_path / "run"
     recipe = load_recipe(str(path))
     with tracked(["tensorboard"], recipe, folder) as tell:
