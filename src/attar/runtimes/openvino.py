@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from attar.errors import BundleError, ExportError, UsageError
 from attar.runtimes.base import GraphPasses, Runtime, Session, runtimes
+from attar.runtimes.onnxruntime import OnnxRuntime
 
 
 @runtimes.register("openvino")
@@ -79,20 +80,8 @@ class OpenVino(Runtime):
             "OpenVINO's own quantization is a package of its own, NNCF, which Attar doesn't use"
         )
 
-    def quantizer(
-        self,
-        *,
-        activation: Callable[..., Any],
-        weight: Callable[..., Any],
-        weight_bits: int = 8,
-        float_layers: Collection[str] = (),
-    ) -> Any:
-        # OpenVINO wants the same of a graph: uint8 all around a layer, on one grid what is moved.
-        from attar.runtimes.onnxruntime_quantizer import OnnxRuntimeQuantizer
-
-        return OnnxRuntimeQuantizer(
-            activation=activation, weight=weight, weight_bits=weight_bits, float_layers=float_layers
-        )
+    # OpenVINO wants the same of a graph: uint8 all around a layer, on one grid what is moved.
+    quantizer = OnnxRuntime.quantizer
 
     def layer_times(
         self, folder: Path, inputs: tuple[np.ndarray, ...], *, threads: int = 1, runs: int = 50
