@@ -6,9 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from torch import nn
 
-from attar.distill import Capture, Criterion, Signal
+from attar.distill import Criterion, Signal
 from attar.distill.criteria.attention import Attention
 from attar.distill.criteria.feature import Feature
 from attar.distill.criteria.kd import KD
@@ -17,9 +16,9 @@ from attar.distill.criteria.similarity import Similarity
 from attar.distill.criteria.soft_cross_entropy import SoftCrossEntropy
 from attar.distill.criterion import criteria
 from attar.errors import UsageError
+from criteria_fixture import CLASSES, FAMILIES, N, both, pooled, signal
 
 TOLERANCE = 1e-10
-N, CLASSES = 6, 5
 
 
 def softmax(z: np.ndarray) -> np.ndarray:
@@ -123,60 +122,6 @@ def test_an_extreme_temperature_gives_numbers(temperature):
     loss = KD(temperature=temperature)(Signal(s), Signal((logits(2) * 300).float()))
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(s.grad).all()
-
-
-class Cnn(nn.Module):
-    def __init__(self, width: int, stride: int = 1) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(2, width, 3, stride, padding=1)
-        self.act = nn.ReLU(inplace=True)
-        self.head = nn.Linear(width, CLASSES)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.act(self.conv(x)).mean((2, 3)))
-
-
-class Transformer(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.embed = nn.Linear(3, width)
-        self.block = nn.TransformerEncoderLayer(width, 2, 8, dropout=0.0, batch_first=True)
-        self.head = nn.Linear(width, CLASSES)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.block(self.embed(x))[:, 0])
-
-
-def signal(net: nn.Module, x: torch.Tensor, *paths: str) -> Signal:
-    with Capture(net, paths)() as features:
-        answered = net(x)
-    return Signal(answered, features)
-
-
-FAMILIES = {
-    "cnn": (lambda: Cnn(4), lambda: Cnn(6, stride=2), (N, 2, 4, 4), "conv"),
-    "transformer": (lambda: Transformer(4), lambda: Transformer(6), (N, 3, 3), "block.linear2"),
-    "vectors": (lambda: Cnn(4), lambda: Cnn(6), (N, 2, 4, 4), "head"),
-}
-
-
-def both(family: str) -> tuple[nn.Module, Signal, Signal, str]:
-    """A student, its signal and a wider teacher's, in float64."""
-    make_student, make_teacher, shape, path = FAMILIES[family]
-    torch.manual_seed(3)
-    student, teacher = make_student().double(), make_teacher().double()
-    x = torch.randn(*shape, dtype=torch.float64)
-    with torch.no_grad():
-        wanted = signal(teacher.eval(), x, path)
-    return student, signal(student, x, path), wanted, path
-
-
-def pooled(own: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """4x4 maps averaged over 2x2 windows where the teacher's are 2x2."""
-    if own.ndim != 4 or own.shape[2:] == wanted.shape[2:]:
-        return own
-    n, c, h, w = own.shape
-    return own.reshape(n, c, h // 2, 2, w // 2, 2).mean((3, 5))
 
 
 def attention_formula(own: np.ndarray, wanted: np.ndarray) -> float:

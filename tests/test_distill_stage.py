@@ -74,6 +74,17 @@ def test_a_student_is_taught_and_comes_back_without_adapters(run, teacher):
     assert run.found["teacher"]["form"]
 
 
+def test_a_teacher_that_no_criterion_reads_is_not_asked(run):
+    class Silent(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise AssertionError("the teacher was asked")
+
+    quiet = replace(run, teacher=Silent())
+    taught = Distill(criteria=["teacher-free"], epochs=2, **FAST).apply(Student(make(4)), quiet)
+    assert run.evaluate(taught.module) > 0.4
+    assert quiet.found["teacher"] == {"form": "nobody"}
+
+
 def test_an_interrupted_stage_ends_as_an_undisturbed_one(run, tmp_path):
     stage = Distill(criteria=["kd", HINT], epochs=3, **FAST)
     undisturbed = weights(stage.apply(Student(make(4)), run.at("undisturbed")))
@@ -104,11 +115,11 @@ def test_settings_are_written_out_and_read_back():
     stage = Distill(criteria=["logits-mse", {"kd": {"temperature": 2}}, HINT], epochs=3)
     assert stage.criteria == [
         {"logits-mse": {"weight": 1.0}},
-        {"kd": {"weight": 0.9, "temperature": 2.0}},
+        {"kd": {"weight": 0.9, "temperature": 2.0, "standardize": False}},
         {"feature": {"weight": 0.5, "layers": [{"student": "4", "teacher": "4"}]}},
     ]
     assert Distill.model_validate(stage.model_dump(mode="json")) == stage
-    assert Distill().criteria == [{"kd": {"weight": 0.9, "temperature": 4.0}}]
+    assert Distill().criteria == [{"kd": {"weight": 0.9, "temperature": 4.0, "standardize": False}}]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ signals, `Capture` reads inner layers of any network, and `DistillObjective` joi
 from attar.distill.capture import Capture
 from attar.distill.criterion import Criterion
 from attar.distill.objective import DistillObjective
+from attar.distill.pairing import pair_layers
 from attar.distill.recovery import recovery_objective
 from attar.distill.signal import Signal, Source
 from attar.distill.teacher import Teacher
@@ -18,5 +19,6 @@ __all__ = [
     "Signal",
     "Source",
     "Teacher",
+    "pair_layers",
     "recovery_objective",
 ]

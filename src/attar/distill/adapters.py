@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from attar.distill.criterion import wide
+from attar.distill.pairs import LayerCriterion
+from attar.distill.signal import Signal
 from attar.errors import UsageError
 
 KINDS = {2: "(N, D)", 3: "(N, T, D)", 4: "(N, C, H, W)"}
@@ -49,6 +55,70 @@ def require_comparable(student: Tensor, teacher: Tensor) -> None:
         raise UsageError(
             f"the student's layer gives {own[0]} tokens and the teacher's {wanted[0]}: tokens can "
             "only be compared one to one"
+        )
+
+
+def require_maps(criterion: str, *features: Tensor) -> None:
+    """Raises `UsageError` unless all are maps (N, C, H, W). criterion: who asks."""
+    for one in features:
+        if one.dim() != 4:
+            raise UsageError(
+                f"{criterion} compares maps (N, C, H, W), and a layer gives "
+                f"(N, {_listed(tuple(one.shape[1:]))})"
+            )
+
+
+def require_positions(criterion: str, *features: Tensor) -> None:
+    """Raises `UsageError` unless all are maps or tokens. criterion: who asks."""
+    for one in features:
+        if one.dim() not in (3, 4):
+            raise UsageError(
+                f"{criterion} compares what layers give at several positions, (N, C, H, W) or "
+                f"(N, T, D), and a layer gives (N, {_listed(tuple(one.shape[1:]))})"
+            )
+
+
+def channels(features: Tensor) -> Tensor:
+    """Maps, tokens or vectors (one position) as (N, width, positions)."""
+    if features.dim() == 3:
+        return features.transpose(1, 2)
+    return features.flatten(2) if features.dim() == 4 else features.unsqueeze(2)
+
+
+class AdaptedCriterion(LayerCriterion):
+    """Base of criteria with a trained module for each pair of layers, which `made` builds.
+
+    `prepare` makes them, on the student's device and in its precision (float32 at least); the
+    optimizer trains them with the student, and they are no part of it.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.adapters = nn.ModuleList()
+
+    def prepare(self, student: Signal, teacher: Signal) -> None:
+        made = []
+        for path, like in zip(self.student_layers, self.teacher_layers, strict=True):
+            own, wanted = wide(student.features[path]), wide(teacher.features[like])
+            made.append(self.made(own, wanted).to(own.device, own.dtype))
+        self.adapters = nn.ModuleList(made)
+
+    @abstractmethod
+    def made(self, student: Tensor, teacher: Tensor) -> nn.Module:
+        """The module of a pair with features like these. Raises `UsageError` for wrong shapes."""
+
+    def adapted(self, index: int) -> Any:
+        """The module of the pair at this place. Raises `UsageError` before `prepare`."""
+        require_prepared(self, self.adapters)
+        return self.adapters[index]
+
+
+def require_prepared(criterion: nn.Module, adapters: nn.ModuleList) -> None:
+    """Raises `UsageError` while a criterion has no adapters."""
+    if not adapters:
+        raise UsageError(
+            f"{type(criterion).__name__} has no adapters yet: call prepare(student, teacher) with "
+            "the signals of one batch before the optimizer is made"
         )
 
 

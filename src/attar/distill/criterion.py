@@ -57,6 +57,8 @@ class Criterion(nn.Module, ABC):
     """Paths of the teacher's."""
     teaches_answers: ClassVar[bool] = False
     """Whether it teaches what the task's own loss teaches, which may then weigh little."""
+    asks_teacher: ClassVar[bool] = True
+    """Whether it reads the teacher's signal; one whose criteria all don't is never called."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__()
@@ -69,6 +71,10 @@ class Criterion(nn.Module, ABC):
     def weight(self) -> float:
         """What its loss is multiplied by in the joint loss."""
         return self.settings.weight
+
+    def expect(self, examples: int) -> None:
+        """Told once, before `prepare`, how many examples the training split has: for those that
+        remember something of each."""
 
     def prepare(self, student: Signal, teacher: Signal) -> None:
         """Called once, with the signals of a real batch, before the optimizer is made: builds what
@@ -125,20 +131,6 @@ def written(criterion: object) -> dict[str, dict[str, Any]]:
 def wide(x: Tensor) -> Tensor:
     """In at least float32: differences of probabilities are lost in half precision."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
-def responses(student: Signal, teacher: Signal) -> tuple[Tensor, Tensor]:
-    """Both networks' logits as (positions, classes), in at least float32.
-
-    Raises `UsageError` where they answer with different numbers of classes.
-    """
-    own, wanted = student.logits, teacher.logits
-    if own.shape[-1] != wanted.shape[-1]:
-        raise UsageError(
-            f"the student answers with {own.shape[-1]} classes and the teacher with "
-            f"{wanted.shape[-1]}: criteria on responses need the same classes in both"
-        )
-    return wide(own.flatten(0, -2)), wide(wanted.flatten(0, -2))
 
 
 def _sentence(error: ValidationError) -> str:

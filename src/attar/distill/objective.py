@@ -57,9 +57,10 @@ class DistillObjective(Objective):
         self._capture: Capture | None = None
         self._settled = False
 
-    def prepare(self, student: nn.Module, batch: Batch) -> None:
+    def prepare(self, student: nn.Module, batch: Batch, examples: int | None = None) -> None:
         """Shows both networks one batch: makes the adapters, and finds out now what would fail.
 
+        examples: how many the training split has, which some criteria (`crd`) need to know.
         The student is left as it was. Raises `UsageError`: a layer that isn't there, features that
         can't be compared, other classes than the teacher's.
         """
@@ -67,8 +68,11 @@ class DistillObjective(Objective):
             _, own = self._answer(student, batch)
             wanted = self._teacher.signal(batch)
             for criterion in self._each():
+                if examples is not None:
+                    criterion.expect(examples)
                 criterion.prepare(own, wanted)
-                criterion(own, wanted, batch)
+                with frozen(list(criterion.modules())):  # some remember what they are taught
+                    criterion(own, wanted, batch)
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
         self._teacher.start_epoch(epoch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -12,6 +12,7 @@ from torch import Tensor
 from attar.data.base import Batch
 from attar.distill.criterion import Criterion, wide
 from attar.distill.signal import Signal
+from attar.errors import UsageError
 
 
 class Pair(BaseModel):
@@ -34,19 +35,30 @@ class Pair(BaseModel):
 
 
 class LayerCriterion(Criterion):
-    """Base of criteria that compare pairs of layers: the mean over the pairs of `compare`."""
+    """Base of criteria that compare pairs of layers: the mean over the pairs of `compare`.
+
+    In a recipe, `layers: auto` leaves the choice of pairs to `attar.distill.pairing`.
+    """
 
     class Settings(Criterion.Settings):
         """`layers`: the pairs."""
 
-        layers: list[Pair] = Field(min_length=1)
+        layers: Annotated[list[Pair], Field(min_length=1)] | Literal["auto"]
 
     settings: Settings
+    auto_deepest: ClassVar[bool] = False
+    """Whether `layers: auto` means the deepest pair alone, for criteria on an embedding."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self.student_layers = tuple(pair.student for pair in self.settings.layers)
-        self.teacher_layers = tuple(pair.teacher for pair in self.settings.layers)
+        if self.settings.layers == "auto":
+            raise UsageError(
+                f"{type(self).__name__}: layers: auto is for recipes; here, give the pairs that "
+                "attar.distill.pair_layers(student, teacher, task, batches) finds"
+            )
+        self.pairs = tuple(self.settings.layers)
+        self.student_layers = tuple(pair.student for pair in self.pairs)
+        self.teacher_layers = tuple(pair.teacher for pair in self.pairs)
 
     def forward(self, student: Signal, teacher: Signal, batch: Batch | None = None) -> Tensor:
         losses = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -27,6 +27,11 @@ class Signal(NamedTuple):
 class Source(Protocol):
     """Where a teacher's signals come from: a live network, a store, a file. Criteria can't tell."""
 
+    @property
+    def choice(self) -> Mapping[str, Any]:
+        """How it answers, for the record: `form` in one word, and what else is worth knowing."""
+        ...
+
     def signal(self, batch: Batch) -> Signal:
         """The teacher's signal for these examples, without gradients, on their device."""
         ...
@@ -38,3 +43,16 @@ class Source(Protocol):
     def start_epoch(self, epoch: int) -> None:
         """Told before each epoch of a training, counted from 0."""
         ...
+
+
+class Nobody:
+    """The source where no criterion asks a teacher: its signals are empty."""
+
+    choice: Mapping[str, str] = MappingProxyType({"form": "nobody"})
+
+    def signal(self, batch: Batch) -> Signal:
+        return Signal(batch.inputs.new_empty(0))
+
+    def settle(self, batch: Batch) -> None: ...
+
+    def start_epoch(self, epoch: int) -> None: ...

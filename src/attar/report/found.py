@@ -101,6 +101,8 @@ def _said(key: str, value: Any) -> Any:
     """The teacher's fastest form as a sentence; all else as it is."""
     if key != "teacher" or not isinstance(value, dict) or "form" not in value:
         return value
+    if value["form"] == "nobody":
+        return "was not asked: no criterion reads its answers"
     form, seconds, views = value["form"], value.get("seconds") or {}, value.get("views")
     factor = numbers.ratio(seconds.get("original"), seconds.get(form))
     said = "answers as it is" if form == "original" else f"answers as {form}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -12,6 +13,9 @@ from torch import nn
 from attar.data.base import Data
 from attar.distill.criterion import Criterion, criterion_class, written
 from attar.distill.objective import DistillObjective
+from attar.distill.pairing import pair_layers, with_pairs
+from attar.distill.pairs import Pair
+from attar.distill.signal import Nobody, Source
 from attar.errors import UsageError
 from attar.files import is_reference, locate
 from attar.models import build, load_checkpoint, resolve
@@ -24,6 +28,8 @@ LABEL = "distill"
 BESIDE_ANSWERS = 0.1
 """What the task's own loss weighs beside criteria that teach the answers too (Hinton et al. 2015:
 "a considerably lower weight" on the labels); beside others it weighs 1."""
+PAIRED_BY = 256
+"""Examples by which layers are paired, spread over the training split."""
 
 Written = Annotated[dict[str, dict[str, Any]], BeforeValidator(written)]
 
@@ -101,10 +107,12 @@ class Distill(Stage, Training):
         mentor = self.teacher.load(run.data) if self.teacher is not None else run.teacher
         if mentor is None:
             raise UsageError("distill needs a teacher, and this recipe gives it none here")
-        criteria = self._built()
+        criteria = self._built(self._pairs(student.module, mentor, run))
         layers = [path for one in criteria.values() for path in one.teacher_layers]
         training = self._training()
-        source, run = run.taught(mentor, training, LABEL, layers=layers, views=self.views)
+        source: Source = Nobody()
+        if any(one.asks_teacher for one in criteria.values()):
+            source, run = run.taught(mentor, training, LABEL, layers=layers, views=self.views)
         objective = DistillObjective(
             run.task,
             source,
@@ -115,19 +123,37 @@ class Distill(Stage, Training):
         batch = run.data.train.pick(range(min(self.batch_size, len(run.data.train))))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)  # the adapters' initial weights
-            objective.prepare(student.module, to_device(batch, device_of(student.module)))
+            shown = to_device(batch, device_of(student.module))
+            objective.prepare(student.module, shown, examples=len(run.data.train))
         trained = run.train(student, training, objective, label=LABEL)
-        run.found["teacher"] = source.choice
+        run.found["teacher"] = dict(source.choice)
         return trained
 
-    def _built(self) -> dict[str, Criterion]:
+    def _pairs(self, student: nn.Module, mentor: nn.Module, run: Context) -> list[Pair]:
+        """The pairs for the criteria that leave them open (`layers: auto`)."""
+        if all(one.get("layers") != "auto" for each in self.criteria for one in each.values()):
+            return []
+        split = run.data.train
+        places = torch.linspace(0, len(split) - 1, min(PAIRED_BY, len(split))).long().tolist()
+        batch = split.pick(places)
+        found = pair_layers(student, mentor, run.task, [batch])
+        for one in found:
+            run.tell({"event": "note", "text": f"paired by itself: {one}"})
+        run.found["pairs"] = [
+            {**one.pair.model_dump(), "similarity": round(one.similarity, 3)} for one in found
+        ]
+        return [one.pair for one in found]
+
+    def _built(self, pairs: Sequence[Pair] = ()) -> dict[str, Criterion]:
         """The criteria by what their terms are called; a name that comes again gets a number."""
         built: dict[str, Criterion] = {}
         for one in self.criteria:
             ((name, settings),) = one.items()
             short = name.rpartition(":")[2]
             count = sum(known.partition(" ")[0] == short for known in built)
-            built[f"{short} {count + 1}" if count else short] = criterion_class(name)(**settings)
+            kind = criterion_class(name)
+            made = kind(**with_pairs(kind, settings, pairs))
+            built[f"{short} {count + 1}" if count else short] = made
         return built
 
     def _task_weight(self, criteria: dict[str, Criterion]) -> float:

@@ -43,7 +43,7 @@ class Feature(LayerCriterion):
     def prepare(self, student: Signal, teacher: Signal) -> None:
         self.adapters = nn.ModuleList(
             adapter(wide(student.features[pair.student]), wide(teacher.features[pair.teacher]))
-            for pair in self.settings.layers
+            for pair in self.pairs
         )
 
     def compare(self, index: int, student: Tensor, teacher: Tensor) -> Tensor:

@@ -7,12 +7,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attar.data.base import Batch
-from attar.distill.criterion import Criterion, criteria, responses
+from attar.distill.criterion import criteria
+from attar.distill.responses import SoftenedCriterion
 from attar.distill.signal import Signal
 
 
 @criteria.register("kd")
-class KD(Criterion):
+class KD(SoftenedCriterion):
     """Soft targets: the Kullback-Leibler divergence of softened probabilities.
 
         L = T² · mean over examples of Σ_c p_c · (log p_c − log q_c)
@@ -22,7 +23,8 @@ class KD(Criterion):
     gradient, where both answer alike, and a constant added to all of an example's logits changes
     nothing.
 
-    temperature: T, how much the probabilities are softened; at least 0.01.
+    temperature: T, how much the probabilities are softened; at least 0.01. standardize: see
+    `attar.distill.responses.SoftenedCriterion`.
 
     Source: Hinton, Vinyals & Dean 2015, "Distilling the Knowledge in a Neural Network", section 2.
 
@@ -31,15 +33,13 @@ class KD(Criterion):
         >>> loss = kd(Signal(student(x)), Signal(teacher(x)))  # doctest: +SKIP
     """
 
-    class Settings(Criterion.Settings):
+    class Settings(SoftenedCriterion.Settings):
         weight: float = Field(0.9, ge=0, allow_inf_nan=False)
-        temperature: float = Field(4.0, ge=0.01, allow_inf_nan=False)
 
     settings: Settings
-    teaches_answers = True
 
     def forward(self, student: Signal, teacher: Signal, batch: Batch | None = None) -> Tensor:
-        t = self.settings.temperature
-        own, wanted = responses(student, teacher)
-        q, p = F.log_softmax(own / t, -1), F.log_softmax(wanted / t, -1)
-        return F.kl_div(q, p, reduction="batchmean", log_target=True) * t**2
+        own, wanted = self.softened(student, teacher)
+        q, p = F.log_softmax(own, -1), F.log_softmax(wanted, -1)
+        kl = F.kl_div(q, p, reduction="batchmean", log_target=True)
+        return kl * self.settings.temperature**2

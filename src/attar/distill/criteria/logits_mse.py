@@ -6,7 +6,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attar.data.base import Batch
-from attar.distill.criterion import Criterion, criteria, responses
+from attar.distill.criterion import Criterion, criteria
+from attar.distill.responses import responses
 from attar.distill.signal import Signal
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from attar.distill.criterion import criteria
 from attar.distill.pairs import LayerCriterion
-from attar.errors import UsageError
+from attar.distill.relations import examples, gram, unit
 
 
 @criteria.register("similarity")
@@ -29,12 +28,11 @@ class Similarity(LayerCriterion):
         >>> loss = similarity(own, wanted)  # doctest: +SKIP
     """
 
+    auto_deepest = True
+
     def compare(self, index: int, student: Tensor, teacher: Tensor) -> Tensor:
-        if len(student) < 2:
-            raise UsageError("similarity compares a batch's examples: it needs two at least")
         return (_alike(student) - _alike(teacher)).square().mean()
 
 
 def _alike(features: Tensor) -> Tensor:
-    flat = features.flatten(1)
-    return F.normalize(flat @ flat.T, dim=1)
+    return unit(gram(examples("similarity", features)))

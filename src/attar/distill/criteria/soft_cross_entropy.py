@@ -7,12 +7,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attar.data.base import Batch
-from attar.distill.criterion import Criterion, criteria, responses
+from attar.distill.criterion import criteria
+from attar.distill.responses import SoftenedCriterion
 from attar.distill.signal import Signal
 
 
 @criteria.register("soft-cross-entropy")
-class SoftCrossEntropy(Criterion):
+class SoftCrossEntropy(SoftenedCriterion):
     """The teacher's probabilities as soft labels of a cross-entropy.
 
         L = −T² · mean over examples of Σ_c p_c · log q_c
@@ -22,7 +23,8 @@ class SoftCrossEntropy(Criterion):
     change: at one temperature both have the same gradient, but this one is not zero where student
     and teacher agree.
 
-    temperature: T; 1 takes the teacher's probabilities as they are. At least 0.01.
+    temperature: T; 1 takes the teacher's probabilities as they are. At least 0.01. standardize: see
+    `attar.distill.responses.SoftenedCriterion`.
 
     Source: Ba & Caruana 2014, "Do Deep Nets Really Need to be Deep?", section 2 (T = 1); Hinton,
     Vinyals & Dean 2015, section 2 (any T).
@@ -32,14 +34,12 @@ class SoftCrossEntropy(Criterion):
         >>> loss = task_loss + beta * soft(Signal(own), Signal(wanted))  # doctest: +SKIP
     """
 
-    class Settings(Criterion.Settings):
+    class Settings(SoftenedCriterion.Settings):
         weight: float = Field(0.9, ge=0, allow_inf_nan=False)
         temperature: float = Field(1.0, ge=0.01, allow_inf_nan=False)
 
     settings: Settings
-    teaches_answers = True
 
     def forward(self, student: Signal, teacher: Signal, batch: Batch | None = None) -> Tensor:
-        t = self.settings.temperature
-        own, wanted = responses(student, teacher)
-        return F.cross_entropy(own / t, F.softmax(wanted / t, -1)) * t**2
+        own, wanted = self.softened(student, teacher)
+        return F.cross_entropy(own, F.softmax(wanted, -1)) * self.settings.temperature**2
