@@ -286,7 +286,7 @@ def predict(
     threads: Threads = 1,
     as_json: Json = False,
 ) -> None:
-    """Answer with class names and probabilities. Needs no PyTorch.
+    """Answer with class names and probabilities. Needs no PyTorch (but for ExecuTorch).
 
     Examples:
 
@@ -315,7 +315,7 @@ def bench(
     seconds: Annotated[float, typer.Option(min=0.1, help="How long to time.")] = 2.0,
     as_json: Json = False,
 ) -> None:
-    """Time the bundle on this machine and check its stored answers. Needs no PyTorch.
+    """Time the bundle on this machine and check its stored answers. Needs no PyTorch (but for ExecuTorch).
 
     Examples:
 

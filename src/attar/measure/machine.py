@@ -11,7 +11,8 @@ import psutil
 from attar.measure.processor import cpu_name, instructions
 
 PACKAGES = (
-    "torch", "torchvision", "torchao", "onnx", "onnxruntime", "openvino", "accelerate", "numpy",
+    "torch", "torchvision", "torchao", "onnx", "onnxruntime", "openvino", "executorch",
+    "accelerate", "numpy",
 )  # fmt: skip
 
 

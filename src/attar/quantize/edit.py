@@ -20,7 +20,7 @@ class Scheme:
 
     runtime: whose kernels the graph is made for. weight_bits: 8, or 7 for processors whose 8-bit
     products overflow; by default, as this one needs. float_layers: paths of modules that compute
-    in float with all inside them, their weights stored in 8 bits; `*` means everything. observer,
+    in float with all inside them, their weights rounded to 8 bits; `*` means everything. observer,
     calibration: how the grids were chosen, from how many examples.
     """
 
@@ -112,7 +112,7 @@ class Quantized(Edit):
 
     def summary(self) -> str:
         if self.scheme.all_float:
-            return "computes in float, where int8 is not faster; weights stored in 8 bits"
+            return "computes in float, where int8 is not faster; weights rounded to 8 bits"
         kept = len(self.scheme.float_layers)
         bits = self.scheme.weight_bits
         text = f"int8, {bits}-bit weights (safe on {safe_on(bits)})"

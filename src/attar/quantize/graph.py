@@ -49,27 +49,6 @@ def capture(
     return graph
 
 
-def pad_integers(graph: GraphModule) -> None:
-    """Zero padding between equal grids, done on the integers (with the zero point): runtimes leave
-    such a padding in float, with a conversion on either side."""
-    for pad in list(graph.graph.nodes):
-        before, after = argument(pad), next(iter(pad.users), None)
-        if operator(pad) not in ("pad", "constant_pad_nd") or after is None:
-            continue
-        if operator(before) != "dequantize_per_tensor" or operator(after) != "quantize_per_tensor":
-            continue
-        if before.args[1:] != after.args[1:]:
-            continue
-        integers, zero = argument(before), argument(before, 2)
-        with graph.graph.inserting_before(pad):
-            padded = graph.graph.call_function(
-                torch.ops.aten.constant_pad_nd.default, (integers, argument(pad, 1), zero)
-            )
-        _replace(after, padded)
-    graph.graph.eliminate_dead_code()
-    graph.recompile()
-
-
 def _replace(node: Node, by: Node) -> None:
     node.replace_all_uses_with(by)
     node.graph.erase_node(node)

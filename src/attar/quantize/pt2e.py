@@ -9,7 +9,7 @@ from torch import nn
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-from attar.quantize.graph import capture, pad_integers
+from attar.quantize.graph import capture
 from attar.quantize.observers import ActivationObserver, Grid, PerChannelWeight
 from attar.runtimes.base import runtimes
 
@@ -42,9 +42,7 @@ def prepare(
 def convert(prepared: GraphModule) -> GraphModule:
     """The graph on the grids its observers hold: quantize and dequantize nodes in their stead."""
     with torch.no_grad():
-        graph = convert_pt2e(prepared)
-    pad_integers(graph)
-    return graph
+        return convert_pt2e(prepared)
 
 
 def grids_of(prepared: GraphModule) -> dict[str, Grid]:

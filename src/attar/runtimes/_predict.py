@@ -1,5 +1,5 @@
 """Answers with the model in this folder. Needs numpy, Pillow for images, and the runtime that
-`manifest.json` names: onnxruntime or openvino.
+`manifest.json` names: onnxruntime, openvino or executorch (whose package brings PyTorch).
 
     python predict.py picture.png [more.png ...] [--top 3]   class names and probabilities
     python predict.py input.npy                              an input that is prepared already
@@ -10,13 +10,15 @@ says what the model's input wants. Exit code: 0 done, 1 failed or answers differ
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,7 +63,8 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Answers with the model in this folder.", epilog="No PyTorch is needed."
+        description="Answers with the model in this folder.",
+        epilog="No PyTorch is needed, unless the model's runtime is executorch.",
     )
     parser.add_argument("inputs", nargs="*", help="images, or .npy files of prepared inputs")
     parser.add_argument("--top", type=int, default=3, help="how many classes to show (default 3)")
@@ -96,6 +99,8 @@ def load(manifest: dict[str, Any], threads: int) -> Model:
     path = HERE / manifest["files"][0]["path"]
     if manifest["runtime"]["name"] == "openvino":
         return load_openvino(path, manifest["runtime"], threads)
+    if manifest["runtime"]["name"] == "executorch":
+        return load_executorch(path, manifest, threads)
     return load_onnxruntime(path, manifest["runtime"], threads)
 
 
@@ -133,12 +138,12 @@ def load_openvino(path: Path, wanted: dict[str, Any], threads: int) -> Model:
     except ImportError as error:
         raise Problem(f"openvino is missing: pip install openvino ({error})") from None
     config = {**wanted.get("config", {}), "INFERENCE_NUM_THREADS": str(threads)}
-    version = openvino.__version__.partition("-")[0]
+    release = openvino.__version__.partition("-")[0]
     core = openvino.Core()
     try:
         model = core.read_model(str(path))
     except RuntimeError as error:
-        raise Problem(f"openvino {version} can't load {path}: {last_line(error)}") from None
+        raise Problem(f"openvino {release} can't load {path}: {last_line(error)}") from None
     compiled: dict[Any, Answers] = {}
 
     def run(inputs: list[np.ndarray]) -> list[np.ndarray]:
@@ -147,7 +152,7 @@ def load_openvino(path: Path, wanted: dict[str, Any], threads: int) -> Model:
             compiled[shapes] = compile_openvino(core, model, shapes, config)
         return compiled[shapes](inputs)
 
-    return Model(run, "openvino", version)
+    return Model(run, "openvino", release)
 
 
 def compile_openvino(core: Any, model: Any, shapes: Any, config: dict[str, str]) -> Answers:
@@ -171,6 +176,62 @@ def compile_openvino(core: Any, model: Any, shapes: Any, config: dict[str, str])
         return [request.get_output_tensor(i).data.copy() for i in outputs]
 
     return run
+
+
+def load_executorch(path: Path, manifest: dict[str, Any], threads: int) -> Model:
+    try:
+        import torch
+
+        with silenced():  # it writes what it reads of the processor
+            from executorch.extension.pybindings import _C as library
+
+            library._unsafe_reset_threadpool(threads)
+    except ImportError as error:
+        raise Problem(f"executorch is missing: pip install executorch ({error})") from None
+    try:
+        with silenced():
+            forward = library._load_program(str(path)).load_method("forward")
+    except RuntimeError as error:
+        raise Problem(f"executorch can't load {path}: {last_line(error)}") from None
+    most = manifest["runtime"]["largest_batch"]
+
+    def run(inputs: list[np.ndarray]) -> list[np.ndarray]:
+        for taken, given in zip(manifest["inputs"], inputs, strict=True):
+            refuse_other_shape(given, taken["shape"])
+        count = len(inputs[0])
+        parts = []
+        for start in range(0, count, most or count):
+            rows = slice(start, start + (most or count))
+            feed = [torch.from_numpy(np.require(x[rows], requirements=["C", "W"])) for x in inputs]
+            parts.append([output.numpy() for output in forward.call(feed)])
+        if len(parts) == 1:
+            return parts[0]
+        return [np.concatenate(each) for each in zip(*parts, strict=True)]
+
+    return Model(run, "executorch", version("executorch"))
+
+
+def refuse_other_shape(given: np.ndarray, wanted: list[int | str]) -> None:
+    fits = len(given.shape) == len(wanted) and all(
+        size and (isinstance(expected, str) or size == expected)
+        for size, expected in zip(given.shape, wanted, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"an input has the shape {list(given.shape)}, not {wanted}")
+
+
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """What C++ writes to the process's standard error meanwhile is dropped."""
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:  # noqa: PTH123
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def last_line(error: Exception) -> str:

@@ -29,7 +29,8 @@ class Session(Protocol):
 class Runtime(ABC):
     """One way to execute a model. A subclass is one file, registered by name.
 
-    Exporting needs PyTorch; a session must not import it: the target may not have it.
+    Exporting needs PyTorch; a session must not import it: the target may not have it. (ExecuTorch's
+    is the exception: from Python, its package can't load a file without PyTorch.)
     """
 
     name: ClassVar[str]

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import io
 import json
-import linecache
-import logging
 import re
 import traceback
-import warnings
-from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attar.errors import ExportError
 from attar.runtimes.onnx_file import rename_values
+from attar.runtimes.tracing import deployed, own_line, quiet, quoted, reason, trace
 
 if TYPE_CHECKING:
     import onnx
@@ -39,31 +32,25 @@ def export_onnx(
 
     Raises `ExportError` naming the operation or the line that can't be exported.
     """
-    import torch
-    from torch.utils import _pytree
-
-    module = copy.deepcopy(student.module).eval().cpu()
-    example = _pytree.tree_map_only(torch.Tensor, lambda t: t.detach().cpu(), example)
-    graph: nn.Module = module
-    for edit in student.edits:
-        graph = edit.graph(module, example, dynamic_shapes) or graph
+    graph, example = deployed(student, example, dynamic_shapes)
     _refuse_too_large(graph)
+    if student.edits:
+        _pad_integers(graph)
     network = type(student.module).__name__
-    with _quiet():
-        program = _trace(graph, example, dynamic_shapes, network)
+    with quiet():
+        program = trace(graph, example, dynamic_shapes, network)
         proto = _translate(program, dynamic_shapes, names, network)
     _name_nodes_by_module(proto)
     return proto
 
 
-def _trace(module: nn.Module, example: tuple[Any, ...], dynamic_shapes: Any, network: str) -> Any:
-    import torch
+def _pad_integers(graph: nn.Module) -> None:
+    from torch.fx import GraphModule
 
-    try:
-        with torch.no_grad():
-            return torch.export.export(module, example, dynamic_shapes=dynamic_shapes, strict=False)
-    except Exception as error:  # the exporter runs the person's code: anything can come out of it
-        raise ExportError(f"can't export {network}{_place(error)}: {_reason(error)}") from error
+    from attar.runtimes.integer_moves import move_integers
+
+    if isinstance(graph, GraphModule):
+        move_integers(graph)
 
 
 def _translate(
@@ -99,56 +86,6 @@ def _refuse_too_large(module: nn.Module) -> None:
         )
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter's progress, warnings and logged tracebacks kept from the person's screen."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
-def _reason(error: BaseException) -> str:
-    if "DataDependent" in type(error).__name__:
-        return (
-            "its control flow depends on the values of its input, so it has no single graph; "
-            "torch.where or torch.cond would work"
-        )
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__
-
-
-def _place(error: BaseException) -> str:
-    """`, at net.py line 7 (if x.sum() > 0:)`: the innermost line that is the person's own."""
-    frames = [
-        (frame.filename, frame.lineno or 0)
-        for frame in traceback.extract_tb(error.__traceback__)
-        if frame.name == "forward"
-    ]
-    return _own_line([*frames, *_quoted(str(error))])
-
-
-def _quoted(text: str) -> list[tuple[str, int]]:
-    """The lines of code that a stack trace in words names."""
-    return [(path, int(line)) for path, line in re.findall(r'File "([^"]+)", line (\d+)', text)]
-
-
-def _own_line(frames: list[tuple[str, int]]) -> str:
-    import torch
-
-    library = Path(torch.__file__).parent
-    own = [frame for frame in frames if library not in Path(frame[0]).parents]
-    if not own:
-        return ""
-    path, line = own[-1]
-    code = linecache.getline(path, line).strip()
-    return f", at {Path(path).name} line {line}" + (f" ({code})" if code else "")
-
-
 def _untranslated(error: BaseException) -> str:
     """Which operation of the traced program ONNX has no word for, and the line that asks for it."""
     chain: list[BaseException] = []
@@ -159,9 +96,9 @@ def _untranslated(error: BaseException) -> str:
     text = "\n".join(str(e) for e in chain)
     operation = re.search(r"No ONNX function found for <OpOverload\(op='([^']+)'", text)
     if operation is None:
-        return f": {_reason(chain[-1])}"
+        return f": {reason(chain[-1])}"
     return (
-        f"{_own_line(_quoted(_trace_of_node(chain)))}: the operation {operation.group(1)} has no "
+        f"{own_line(quoted(_trace_of_node(chain)))}: the operation {operation.group(1)} has no "
         "ONNX counterpart; a network without it would work"
     )
 

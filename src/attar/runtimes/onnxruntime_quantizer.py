@@ -133,7 +133,7 @@ class OnnxRuntimeQuantizer(Quantizer):
                 self._mark(node, self._activation)
             elif name in MOVES | SPLITS and self._joins(node, carriers) and _moves_exactly(node):
                 self._mark_move(node)
-            elif name in UNARY | ACTIVATIONS and argument(node) in self._on_grid:
+            elif (self._is_unary(node) or name in ACTIVATIONS) and argument(node) in self._on_grid:
                 self._mark(node, self._activation)
         return model
 
@@ -161,16 +161,20 @@ class OnnxRuntimeQuantizer(Quantizer):
             return True
         return any(path == layer or path.startswith(layer + ".") for layer in self._float_layers)
 
+    def _is_unary(self, node: Node) -> bool:
+        return operator(node) in UNARY
+
     def _wanted(self, nodes: list[Node]) -> set[Node]:
         """Values that some int8 kernel would read, if only they were on a grid."""
         wanted: set[Node] = set()
-        readers = CONVOLUTIONS | ELEMENTWISE | UNARY | {"linear"}
+        readers = CONVOLUTIONS | ELEMENTWISE | {"linear"}
         for node in reversed(nodes):
             for user in node.users:
                 name = operator(user)
                 if self._is_float(user):
                     continue
-                if name in readers or (name in MOVES | SPLITS | ACTIVATIONS and user in wanted):
+                reads = name in readers or self._is_unary(user)
+                if reads or (name in MOVES | SPLITS | ACTIVATIONS and user in wanted):
                     wanted.add(node)
         return wanted
 
@@ -183,7 +187,7 @@ class OnnxRuntimeQuantizer(Quantizer):
             return isinstance(value, torch.Tensor) and value.dtype == torch.float32
         if name == "linear":
             return rank(node) == 2
-        if name in ELEMENTWISE | UNARY | ACTIVATIONS | MOVES | SPLITS:
+        if self._is_unary(node) or name in ELEMENTWISE | ACTIVATIONS | MOVES | SPLITS:
             return all(source in carriers for source in _sources(node))
         return name in CONVOLUTIONS
 
@@ -203,12 +207,14 @@ class OnnxRuntimeQuantizer(Quantizer):
         }
         if is_constant(bias):
             inputs[bias] = _bias_grid((source, node), (weight, node))
-        end = _end(node)
+        self._mark(node, self._activation if self._answers_on_grid(node, wanted) else None, inputs)
+
+    def _answers_on_grid(self, layer: Node, wanted: set[Node]) -> bool:
+        end = _end(layer)
         # A ReLU left in float after it would take the whole linear layer with it.
-        keeps = operator(node) in CONVOLUTIONS or (
-            rank(node) == 2 and (end in wanted or end is not node)
+        return operator(layer) in CONVOLUTIONS or (
+            rank(layer) == 2 and (end in wanted or end is not layer)
         )
-        self._mark(node, self._activation if keeps else None, inputs)
 
     def _mark_stored(self, node: Node) -> None:
         """A layer that computes in float keeps its weight in a byte: uint8 around 128, which tells
