@@ -315,7 +315,9 @@ def bench(
     seconds: Annotated[float, typer.Option(min=0.1, help="How long to time.")] = 2.0,
     as_json: Json = False,
 ) -> None:
-    """Time the bundle on this machine and check its stored answers. Needs no PyTorch (but for ExecuTorch).
+    """Time the bundle on this machine and check its stored answers.
+
+    Needs no PyTorch (but for ExecuTorch).
 
     Examples:
 
@@ -363,6 +365,59 @@ def report(
         page = out or Path("comparison.html")
         write_whole(page, compare_reports(runs))
     typer.echo(f"report: {page}")
+
+
+@app.command()
+def compare(
+    recipe: RecipeArgument,
+    criteria: Annotated[
+        list[str],
+        typer.Option(
+            "--criterion",
+            "-k",
+            metavar="CRITERION",
+            help="A criterion, with settings where wanted: 'dkd: {others: 2}'.",
+        ),
+    ],
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Trainings of each, from the recipe's seed on.")
+    ] = 3,
+    settings: Settings = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Where the runs go.", show_default="runs/NAME-compared"),
+    ] = None,
+    trust: TrustOption = False,
+    as_json: Json = False,
+) -> None:
+    """Teach the recipe's student by several criteria, and without a teacher, seed by seed.
+
+    Only the recipe's stages up to distill are run. A comparison goes on where it was interrupted,
+    and may be given more criteria or seeds later: finished trainings are not repeated.
+
+    Examples:
+
+        attar compare digits -k kd -k dist -k 'dkd: {others: 2}'
+        attar compare recipe.yaml -k 'attention: {layers: auto, weight: 100}' --seeds 5
+
+    The order is by validation; a gain is the test metric's over the student alone, seed by seed.
+    """
+    from attar.cli.printing import print_standings
+    from attar.pipeline.comparison import compare as start
+    from attar.pipeline.comparison import criteria_of, standings
+    from attar.recipe import load_recipe
+    from attar.screen import Screen, screen_console
+
+    loaded = load_recipe(recipe, settings)
+    asked = [criteria_of(text) for text in criteria]
+    folder = out or Path("runs") / f"{loaded.name}-compared"
+    with Screen(screen_console(stderr=True)) as screen:
+        done = start(loaded, asked, folder, seeds=seeds, tell=screen, trusted=_trust(trust))
+    found = standings(done)
+    if as_json:
+        print_json({"folder": str(folder), "standings": [vars(one) for one in found]})
+    else:
+        print_standings(found, done.metric)
 
 
 def _trust(allowed: bool) -> Trust:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import typer
@@ -72,3 +72,32 @@ def _wrapped(head: str, text: str) -> list[str]:
         text, width, initial_indent=head, subsequent_indent=rest, break_long_words=False,
         break_on_hyphens=False,
     ) or [head.rstrip()]  # fmt: skip
+
+
+def print_standings(found: Sequence[Any], metric: Any) -> None:
+    """Criteria side by side (`attar.pipeline.comparison.Standing`), in the order given."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from attar.report import numbers
+
+    def spread(show: Callable[[float, str], str], mean: float | None, sd: float | None) -> str:
+        if mean is None or sd is None:
+            return ""
+        unit = metric.unit
+        return f"{show(mean, unit)} ± {numbers.difference(sd, unit)}"
+
+    shown = Table(box=None, pad_edge=False)
+    columns = ("criterion", "seeds", f"validation {metric.name}", f"test {metric.name}")
+    gain = f"gain,{numbers.points(metric.unit)}".rstrip(",")
+    for name in (*columns, gain):
+        shown.add_column(name, justify="left" if name == "criterion" else "right")
+    for one in found:
+        shown.add_row(
+            one.criterion,
+            str(one.seeds),
+            spread(numbers.metric, one.validation, one.validation_sd),
+            spread(numbers.metric, one.test, one.test_sd),
+            spread(numbers.difference, one.gain, one.gain_sd),
+        )
+    Console(highlight=False).print(shown)

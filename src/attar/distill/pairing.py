@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -180,7 +181,7 @@ def _comparable(own: _Layer, wanted: _Layer) -> bool:
 def _ends_of_stages(layers: list[_Layer]) -> list[_Layer]:
     ends = [
         layer
-        for layer, after in zip(layers, [*layers[1:], None], strict=True)
+        for layer, after in zip_longest(layers, layers[1:])
         if after is None or not layer.resolution or layer.resolution != after.resolution
     ]
     return [ends[i] for i in _spread(len(ends), MOST_PAIRS)]

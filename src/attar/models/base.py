@@ -18,7 +18,7 @@ class ModelSpec(BaseModel):
     """What a network is built from, as JSON: enough to build it again in another process.
 
     model: a name of Attar's own (`cifar-resnet20`), `torchvision:resnet18` (or a bare torchvision
-    name), `timm:vit_tiny_patch16_224`, or `path/to/file.py:function`.
+    name), `timm:vit_tiny_patch16_224`, `transformers:vit`, or `path/to/file.py:function`.
     """
 
     model_config = ConfigDict(extra="forbid")

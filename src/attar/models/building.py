@@ -16,10 +16,13 @@ from attar.models.base import ModelSpec, models
 from attar.models.calling import accepts, call
 from attar.models.timm import timm_model
 from attar.models.torchvision import torchvision_arguments, torchvision_model, torchvision_names
+from attar.models.transformers import transformers_arguments, transformers_model
 from attar.registry import near
 
 PRETRAINED = ("weights", "pretrained")
 """The arguments by which a library loads weights of its own."""
+
+LIBRARIES = ("torchvision", "timm", "transformers")
 
 
 def build(
@@ -53,6 +56,8 @@ def build(
         module = torchvision_model(name, arguments, channels=channels, classes=classes)
     elif library == "timm":
         module = timm_model(name, arguments, channels=channels, classes=classes)
+    elif library == "transformers":
+        module = transformers_model(name, arguments, channels=channels, classes=classes)
     else:
         function = _function(spec.model, trusted)
         known = {"channels": channels, "classes": classes}
@@ -112,7 +117,7 @@ def _source(model: str) -> tuple[str, str]:
     if is_reference(model):
         return "file", model
     library, colon, name = model.partition(":")
-    if colon and library in ("torchvision", "timm"):
+    if colon and library in LIBRARIES:
         return library, name
     if model in models.names():
         return "attar", model
@@ -120,7 +125,8 @@ def _source(model: str) -> tuple[str, str]:
         return "torchvision", model
     if colon:
         raise UsageError(
-            f"unknown model {model!r}: write torchvision:NAME, timm:NAME or path/file.py:function"
+            f"unknown model {model!r}: write torchvision:NAME, timm:NAME, transformers:NAME "
+            "or path/file.py:function"
         )
     raise UsageError(
         f"unknown model {model!r}{near(model, [*models.names(), *torchvision_names()])}"
@@ -139,7 +145,13 @@ def _sized(
     library, name = _source(model)
     if library == "torchvision":
         return torchvision_arguments(name, arguments, shape)
-    if library == "timm" or shape is None or not accepts(_function(model, trusted), "image_size"):
+    if library == "transformers":
+        return transformers_arguments(name, arguments, shape)
+    if (
+        library in LIBRARIES
+        or shape is None
+        or not accepts(_function(model, trusted), "image_size")
+    ):
         return arguments
     return {"image_size": list(shape[-2:]), **arguments}
 

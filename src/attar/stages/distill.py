@@ -152,6 +152,8 @@ class Distill(Stage, Training):
             short = name.rpartition(":")[2]
             count = sum(known.partition(" ")[0] == short for known in built)
             kind = criterion_class(name)
+            if settings.get("weight", 1) == 0:  # a student alone: nothing is computed for it
+                continue
             made = kind(**with_pairs(kind, settings, pairs))
             built[f"{short} {count + 1}" if count else short] = made
         return built
