@@ -91,7 +91,8 @@ def print_standings(found: Sequence[Any], metric: Any) -> None:
     columns = ("criterion", "seeds", f"validation {metric.name}", f"test {metric.name}")
     gain = f"gain,{numbers.points(metric.unit)}".rstrip(",")
     for name in (*columns, gain):
-        shown.add_column(name, justify="left" if name == "criterion" else "right")
+        first = name == "criterion"
+        shown.add_column(name, justify="left" if first else "right", overflow="fold")
     for one in found:
         shown.add_row(
             one.criterion,

@@ -91,7 +91,6 @@ def compare(
         for name, variant in made.items():
             one = variant.model_copy(update={"seed": seed, "name": f"{recipe.name}-{name}"[:80]})
             place = folder / f"{name}-{seed}"
-            tell({"event": "comparison", "criterion": name, "seed": seed})
             trials.append(_trial(one, name, place, tell, trusted))
     judge = from_file(recipe.task, trusted) if is_reference(recipe.task) else tasks.get(recipe.task)
     return Comparison(trials, judge().metric)
@@ -166,7 +165,8 @@ def _up_to_distill(recipe: Recipe, criterion: Any) -> Recipe:
             try:
                 taught = Distill.model_validate({**stage.model_dump(), "criteria": [criterion]})
             except ValidationError as error:
-                raise UsageError(f"criterion {criterion!r}: {error.errors()[0]['msg']}") from None
+                said = error.errors()[0]["msg"].removeprefix("Value error, ")
+                raise UsageError(f"criterion {criterion!r}: {said}") from None
             stages = [*recipe.stages[:place], taught]
             return recipe.model_copy(update={"stages": stages, "budget": Budget()})
     raise UsageError(
