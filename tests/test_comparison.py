@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -16,25 +17,14 @@ from attar.pipeline import comparison
 from attar.pipeline.comparison import ALONE, Comparison, Trial, compare, criteria_of, standings
 from attar.recipe import load_recipe
 from attar.tasks.base import Metric
-from run_fixture import hurried, write_recipe
-
-RECIPE = """\
-name: taught
-data: {source: digits, subset: 300}
-teacher: {model: digits-wide, train: {epochs: 3, batch_size: 32, optimizer: {lr: 0.01}}}
-student: {model: digits-small}
-stages:
-  - distill: {epochs: 2, batch_size: 32, optimizer: {lr: 0.01}}
-  - quantize: {fallback: off}
-budget: {size: 1KB}
-"""
+from run_fixture import TINY, hurried, write_recipe
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Comparison, list[Any]]:
     """The recipe, the folder, what came out, and what was told."""
     place, heard = tmp_path_factory.mktemp("compared"), []
-    recipe = write_recipe(place, RECIPE)
+    recipe = write_recipe(place)
     with hurried():
         made = compare(
             load_recipe(recipe),
@@ -48,7 +38,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Comparis
 
 def test_every_criterion_and_the_student_alone_run_for_every_seed(done) -> None:
     _, folder, made, _ = done
-    names = [ALONE, "kd", "dkd-others-2"]
+    names = [ALONE, "kd", "dkd: {others: 2}"]
     assert [(t.criterion, t.seed) for t in made.trials] == [(n, s) for s in (0, 1) for n in names]
     for trial in made.trials:
         ledger = json.loads((trial.folder / "ledger.json").read_text())
@@ -77,7 +67,7 @@ def test_the_student_alone_is_taught_by_the_task_only(done) -> None:
         }
 
     assert terms("alone-0") == {"task"}
-    assert terms("kd-0") == {"kd", "task"} and terms("dkd-others-2-0") == {"dkd", "task"}
+    assert terms("kd-0") == {"kd", "task"} and terms("dkd-others-2-7e5a3f-0") == {"dkd", "task"}
 
 
 def test_what_is_finished_is_read_and_not_run_again(done, monkeypatch) -> None:
@@ -118,11 +108,19 @@ def test_the_command_prints_a_table_and_json(done) -> None:
     words = ["compare", str(recipe), "-k", "kd", "-k", "dkd: {others: 2}", "--seeds", "2"]
     shown = CliRunner().invoke(app, [*words, "--out", str(folder)])
     assert shown.exit_code == 0, shown.output
-    for said in ("criterion", "test accuracy", "gain, points", "alone", "kd", "dkd-others-2", "±"):
+    for said in (
+        "criterion",
+        "test accuracy",
+        "gain, points",
+        "alone",
+        "kd",
+        "dkd: {others: 2}",
+        "±",
+    ):
         assert said in shown.output
     told = CliRunner().invoke(app, [*words, "--out", str(folder), "--json"])
     standing = json.loads(told.stdout)["standings"]
-    assert {one["criterion"] for one in standing} == {ALONE, "kd", "dkd-others-2"}
+    assert {one["criterion"] for one in standing} == {ALONE, "kd", "dkd: {others: 2}"}
 
 
 @pytest.mark.parametrize(
@@ -135,16 +133,24 @@ def test_the_command_prints_a_table_and_json(done) -> None:
     ],
 )
 def test_wrong_criteria_are_said_in_a_sentence(tmp_path, criterion, said) -> None:
-    recipe = write_recipe(tmp_path, RECIPE)
+    recipe = write_recipe(tmp_path)
     shown = CliRunner().invoke(app, ["compare", str(recipe), "-k", criterion])
     assert shown.exit_code == 2 and said in shown.output and "Traceback" not in shown.output
 
 
 def test_a_recipe_without_distill_has_nothing_to_compare(tmp_path) -> None:
-    text = RECIPE.replace("  - distill: {epochs: 2, batch_size: 32, optimizer: {lr: 0.01}}\n", "")
-    recipe = write_recipe(tmp_path, text.replace("student: {model: digits-small}\n", ""))
+    lines = [x for x in TINY.splitlines() if not x.startswith(("  - distill", "student:"))]
+    recipe = write_recipe(tmp_path, "\n".join(lines))
     with pytest.raises(UsageError, match="has no distill stage"):
         compare(load_recipe(recipe), ["kd"], tmp_path / "out")
+
+
+def test_criteria_that_differ_at_their_ends_have_folders_of_their_own() -> None:
+    long = "feature: {layers: [{student: layer1.0.conv1, teacher: layer1.0.conv1}], weight: "
+    labels = [f"{long}{w}}}" for w in (1, 2)] + ["a.py:Mine", "b.py:Mine", "kd", "kd: {weight: 2}"]
+    shorts = [comparison._short(one) for one in labels]
+    assert len(set(shorts)) == len(labels) and max(map(len, shorts)) < 50
+    assert all(re.fullmatch("[A-Za-z0-9._-]+", one) for one in shorts)
 
 
 def test_a_criterion_is_read_as_a_recipe_has_it() -> None:

@@ -7,6 +7,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from attar.data.arrays import ArraySplit
 from attar.errors import UsageError
 from attar.stages.base import Context
 from attar.stages.distill import Distill
@@ -85,6 +86,23 @@ def test_a_teacher_that_no_criterion_reads_is_not_asked(run):
     assert quiet.found["teacher"] == {"form": "nobody"}
 
 
+def test_without_criteria_the_student_learns_alone_from_the_same_views(run, monkeypatch):
+    seen, heard = [], []
+    real = ArraySplit.with_views
+
+    def with_views(self, views):
+        seen.append(views)
+        return real(self, views)
+
+    monkeypatch.setattr(ArraySplit, "with_views", with_views)
+    alone = replace(run, teacher=None, tell=heard.append)
+    with pytest.raises(UsageError, match="distill needs a teacher"):
+        Distill(epochs=1, **FAST).apply(Student(make(4)), alone)
+    taught = Distill(criteria=[], views=2, epochs=2, **FAST).apply(Student(make(4)), alone)
+    assert seen == [2] and run.evaluate(taught.module) > 0.4
+    assert {t for e in heard if e["event"] == "epoch" for t in e["terms"]} == {"task"}
+
+
 def test_an_interrupted_stage_ends_as_an_undisturbed_one(run, tmp_path):
     stage = Distill(criteria=["kd", HINT], epochs=3, **FAST)
     undisturbed = weights(stage.apply(Student(make(4)), run.at("undisturbed")))
@@ -130,7 +148,6 @@ def test_settings_are_written_out_and_read_back():
         ([{"kd": {"temperature": 0}}], (0, "kd", "temperature"), "greater than or equal to 0.01"),
         ([{"kd": {}, "feature": {}}], (0,), "one name with its settings"),
         ([{"feature": {}}], (0, "feature", "layers"), "required"),
-        ([], (), "at least one criterion"),
     ],
 )
 def test_a_wrong_criterion_is_named_with_its_place(criteria, place, said):

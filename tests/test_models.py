@@ -245,68 +245,6 @@ def test_timm_networks_take_the_datas_channels_and_classes() -> None:
     assert network.eval()(torch.randn(1, 1, 32, 32)).shape == (1, 3)
 
 
-TINY_VIT = {
-    "patch_size": 2, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "intermediate_size": 32,
-}  # fmt: skip
-
-
-def test_transformers_networks_take_the_datas_channels_classes_and_size() -> None:
-    pytest.importorskip("transformers", reason="the extra `text` is not installed")
-    spec = resolve("transformers:vit", TINY_VIT, channels=1, classes=3, shape=(1, 8, 8))
-    assert spec.arguments["image_size"] == [8, 8]
-    network = build(ModelSpec.model_validate_json(spec.model_dump_json()))
-    assert network.eval()(torch.randn(2, 1, 8, 8)).logits.shape == (2, 3)
-    assert build(resolve("transformers:resnet", channels=1, classes=3)) is not None
-
-
-@pytest.mark.parametrize(
-    ("name", "arguments", "message"),
-    [
-        ("transformers:vitt", {}, "no image classifier 'vitt'; did you mean 'vit'"),
-        ("transformers:vit", {"hiden_size": 16}, "no 'hiden_size'; did you mean 'hidden_size'"),
-        ("transformers:vit", {"pretrained": True}, "is a kind of network and has no weights"),
-    ],
-)
-def test_what_transformers_lacks_is_named(name: str, arguments: dict, message: str) -> None:
-    pytest.importorskip("transformers", reason="the extra `text` is not installed")
-    with pytest.raises(UsageError, match=message):
-        build(ModelSpec(model=name, arguments=arguments), channels=1, classes=3)
-
-
-def test_a_transformers_classifier_is_exported_and_quantized() -> None:
-    pytest.importorskip("transformers", reason="the extra `text` is not installed")
-    import tempfile
-
-    from attar.quantize import Scheme, quantize, quantized_reference
-    from attar.runtimes import runtimes
-    from attar.runtimes.parity import FLOAT, QUANTIZED, check_parity
-    from attar.student import Student
-
-    network = build(resolve("transformers:vit", TINY_VIT, channels=1, classes=3, shape=(1, 8, 8)))
-    images = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    shapes = ({0: torch.export.Dim("batch", min=1)},)
-    student, runtime = Student(network.eval()), runtimes.get("onnxruntime")()
-    small = quantize(student, Scheme(), [(images,)], example=(images[:2],), dynamic_shapes=shapes)
-    for made, bound in ((student, FLOAT), (small, QUANTIZED)):
-        graph = quantized_reference(made.edits, made.module, (images[:2],), shapes)
-        answer = (graph or made.module)(images)
-        with tempfile.TemporaryDirectory() as place:
-            folder = Path(place)
-            runtime.export(
-                made,
-                folder,
-                example=(images[:2],),
-                dynamic_shapes=shapes,
-                names=(["image"], ["logits"]),
-            )
-            (logits,) = runtime.session(folder)(images.numpy())
-        wanted = answer["logits"] if isinstance(answer, dict) else answer.logits
-        check_parity(
-            wanted.detach().numpy(), logits, lambda a, b: a.argmax(-1) == b.argmax(-1), bound
-        )
-
-
 @pytest.mark.parametrize(
     ("library", "model", "extra"),
     [("timm", "timm:resnet10t", "timm"), ("transformers", "transformers:vit", "text")],

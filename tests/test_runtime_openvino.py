@@ -19,44 +19,27 @@ from attar.errors import BundleError, ExportError, UsageError
 from attar.quantize import Scheme, quantize, quantized_reference
 from attar.runtimes import runtimes
 from attar.runtimes.bench import bench
-from attar.runtimes.bundle import read_bundle, write_bundle
+from attar.runtimes.bundle import read_bundle
 from attar.runtimes.openvino_profile import operators
 from attar.runtimes.parity import FLOAT, QUANTIZED, check_parity
 from attar.student import Student
 from run_fixture import TINY, logged, run_recipe, write_recipe
+from runtime_fixture import (
+    CLASSES,
+    SHAPES,
+    Encoder,
+    images,
+    net,
+    predict_without,
+    same_class,
+    write_bundles,
+)
 
 RUNTIME = runtimes.get("openvino")()
 if not RUNTIME.available()[0]:  # asked so, for a plain import would report itself to Intel
     pytest.skip("the extra `openvino` is not installed", allow_module_level=True)
 
-SHAPES = ({0: torch.export.Dim("batch", min=1)},)
-CLASSES = [str(i) for i in range(10)]
-DESCRIPTION = {
-    "inputs": [
-        {
-            "name": "image",
-            "layout": "NCHW",
-            "dtype": "float32",
-            "shape": ["batch", 1, 8, 8],
-            "color": "gray",
-            "resize": None,
-            "scale": 1 / 255,
-            "mean": [0.5],
-            "std": [0.25],
-        }
-    ],
-    "outputs": [{"name": "logits", "meaning": "logits", "classes": CLASSES}],
-}
-ALONE = """
-import runpy, sys
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {"torch", "attar", "onnx", "onnxruntime"}:
-            raise ImportError(f"{name} is not on this machine")
-sys.meta_path.insert(0, Absent())
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+ABSENT = {"torch", "attar", "onnx", "onnxruntime"}
 
 
 class ConvNet(nn.Module):
@@ -72,28 +55,6 @@ class ConvNet(nn.Module):
         x = torch.relu(self.stem(x))
         x = torch.relu(x + self.norm(self.conv(x)))
         return self.head(torch.relu(self.last(x)).mean((2, 3)))
-
-
-class Encoder(nn.Module):
-    """A transformer's layer over the rows of an image."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Linear(8, 16)
-        self.layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-        self.head = nn.Linear(16, 10)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.layer(self.embed(x.squeeze(1))).mean(1))
-
-
-def images(count: int) -> torch.Tensor:
-    return torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(count))
-
-
-def net(kind: type[nn.Module]) -> nn.Module:
-    torch.manual_seed(0)
-    return kind().eval()
 
 
 def in_int8(student: Student, float_layers: tuple[str, ...] = ()) -> Student:
@@ -119,26 +80,13 @@ def precisions(folder: Path) -> dict[str, str]:
     return {r["node"]: r["precision"] for r in rows if r["op"] in computing}
 
 
-def same_class(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return a.argmax(-1) == b.argmax(-1)
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Bundles of one network: `float`, `int8`."""
     place = tmp_path_factory.mktemp("openvino")
     student = Student(net(ConvNet))
-    for name, made in (("float", student), ("int8", in_int8(student))):
-        write_bundle(
-            place / name,
-            runtime=RUNTIME,
-            export=lambda folder, made=made: export(made, folder),
-            task="image-classification",
-            description=DESCRIPTION,
-            golden=(images(8).numpy(),),
-            notes={"quantization": {"summary": "int8"}} if name == "int8" else None,
-        )
-    return place
+    students = {"float": student, "int8": in_int8(student)}
+    return write_bundles(place, RUNTIME, students, export)
 
 
 @pytest.fixture
@@ -290,8 +238,7 @@ def test_a_missing_package_is_named_before_anything_is_trained(
 
 
 def predict(bundle: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", ALONE, str(bundle / "predict.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
+    return predict_without(ABSENT, bundle, *arguments)
 
 
 def test_a_bundle_says_what_it_needs(made: Path) -> None:

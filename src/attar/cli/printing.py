@@ -6,9 +6,13 @@ import json
 import shutil
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from attar.pipeline.comparison import Standing
+    from attar.tasks.base import Metric
 
 UNITS = {"ms": "ms", "mb": "MB", "seconds": "s", "bytes": "B"}
 
@@ -74,8 +78,8 @@ def _wrapped(head: str, text: str) -> list[str]:
     ) or [head.rstrip()]  # fmt: skip
 
 
-def print_standings(found: Sequence[Any], metric: Any) -> None:
-    """Criteria side by side (`attar.pipeline.comparison.Standing`), in the order given."""
+def print_standings(found: Sequence[Standing], metric: Metric) -> None:
+    """Criteria side by side, in the order given."""
     from rich.console import Console
     from rich.table import Table
 

@@ -79,8 +79,3 @@ def labels(criterion: str, batch: Batch | None) -> Tensor:
             f"{criterion} needs the examples' labels, and these have none: kd and dist do without"
         )
     return batch.targets.flatten().to(torch.int64)
-
-
-def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p ‖ q), the mean over the positions, of log-probabilities (positions, classes)."""
-    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()

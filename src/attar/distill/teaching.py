@@ -10,7 +10,8 @@ from torch import nn
 
 from attar.data.arrays import ArraySplit
 from attar.data.base import Data
-from attar.distill.stored import StoredTeacher, stored
+from attar.distill.signal import Nobody, Source
+from attar.distill.stored import stored
 from attar.distill.teacher import Teacher
 from attar.errors import UsageError
 from attar.events import Listener, silent
@@ -24,7 +25,7 @@ STORED_UNASKED = 2**30
 
 
 def teaching(
-    module: nn.Module,
+    module: nn.Module | None,
     *,
     task: Task,
     data: Data,
@@ -35,9 +36,11 @@ def teaching(
     layers: Sequence[str] = (),
     views: int | None = None,
     tell: Listener = silent,
-) -> tuple[Teacher | StoredTeacher, Data]:
+) -> tuple[Source, Data]:
     """The source of a teacher's signals for the training called `label`, and the data to train on.
 
+    module: the teacher; `None` where nothing is asked of it, and the data are the same.
+    module: the teacher; `None` where nothing is asked of it: the data are the same then.
     views: how many augmentations of each example the teacher is asked about, once; its answers are
         kept in `store`, and the data's training split goes through these views in turn. `None`: a
         live teacher, unless examples aren't augmented: then each has one view, and stored answers
@@ -50,16 +53,20 @@ def teaching(
         _require_storable(data, layers)
     elif _never_changes(data) and not layers:
         views = 1
+    seen = None
+    if views is not None:
+        assert isinstance(split, ArraySplit)
+        seen = split.with_views(views)
+        data = replace(data, train=seen)
+    if module is None:
+        return Nobody(), data
     passes = training.epochs if views is None else views
     calls = passes * math.ceil(len(split) / training.batch_size)
     teacher = Teacher(module, task, layers=layers, calls=calls, tell=tell)
-    if views is None:
+    if seen is None or views is None:
         return teacher, data
-    assert isinstance(split, ArraySplit)
-    split = split.with_views(views)
     drawn_by = augmentation_seed(seed, label)
-    source = stored(teacher, split, views=views, seed=drawn_by, store=store, tell=tell)
-    return source, replace(data, train=split)
+    return stored(teacher, seen, views=views, seed=drawn_by, store=store, tell=tell), data
 
 
 def _require_storable(data: Data, layers: Sequence[str]) -> None:

@@ -39,7 +39,8 @@ def transformers_arguments(
     _require_known(name)
     if shape is None or _is_model(name) or not hasattr(_configuration(name), "image_size"):
         return arguments
-    return {"image_size": list(shape[-2:]), **arguments}
+    height, width = shape[-2:]  # some kinds know square images only, by one number
+    return {"image_size": height if height == width else [height, width], **arguments}
 
 
 def _is_model(name: str) -> bool:
@@ -66,8 +67,16 @@ def _require_known(name: str) -> None:
 
 def _configuration(name: str) -> Any:
     from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES as KINDS,
+    )
 
-    return AutoConfig.from_pretrained(name) if _is_model(name) else AutoConfig.for_model(name)
+    if _is_model(name):
+        return AutoConfig.from_pretrained(name)
+    classes = KINDS[name]  # the first of several is the plain one
+    config = AutoConfig.for_model(name)
+    config.architectures = [classes if isinstance(classes, str) else classes[0]]
+    return config
 
 
 def _new(name: str, fields: dict[str, Any]) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import statistics
 from collections.abc import Sequence
@@ -18,7 +19,6 @@ from attar.files import Trust, from_file, is_reference
 from attar.pipeline.entry import run
 from attar.pipeline.result import read_ledger
 from attar.recipe import Recipe, dump_recipe
-from attar.recipe.model import Budget
 from attar.stages.distill import Distill
 from attar.tasks.base import Metric, tasks
 
@@ -84,14 +84,14 @@ def compare(
         >>> [one.criterion for one in standings(done)]  # doctest: +SKIP
         ['dist', 'kd', 'alone']
     """
-    variants = _named([{"kd": {"weight": 0}}, *criteria])
-    made = {name: _up_to_distill(recipe, criterion) for name, criterion in variants.items()}
+    variants = {ALONE: _up_to_distill(recipe, [])}
+    variants |= {_label(one): _up_to_distill(recipe, [one]) for one in criteria}
     trials = []
     for seed in range(recipe.seed, recipe.seed + seeds):
-        for name, variant in made.items():
-            one = variant.model_copy(update={"seed": seed, "name": f"{recipe.name}-{name}"[:80]})
-            place = folder / f"{name}-{seed}"
-            trials.append(_trial(one, name, place, tell, trusted))
+        for label, variant in variants.items():
+            short = _short(label)
+            named = variant.model_copy(update={"seed": seed, "name": f"{recipe.name}-{short}"[:80]})
+            trials.append(_trial(named, label, folder / f"{short}-{seed}", tell, trusted))
     judge = from_file(recipe.task, trusted) if is_reference(recipe.task) else tasks.get(recipe.task)
     return Comparison(trials, judge().metric)
 
@@ -140,12 +140,12 @@ def criteria_of(text: str) -> Any:
     raise UsageError(f"{text!r} is no criterion: write a name, or 'dkd: {{others: 2}}'")
 
 
-def _trial(recipe: Recipe, name: str, place: Path, tell: Listener, trusted: Trust) -> Trial:
+def _trial(recipe: Recipe, label: str, place: Path, tell: Listener, trusted: Trust) -> Trial:
     ledger = _finished(recipe, place)
     if ledger is None:
         ledger = run(recipe, place, resume=True, tell=tell, trusted=trusted).ledger
     row = next(row for row in ledger["rows"] if row["stage"] == "distill")
-    return Trial(name, recipe.seed, row["validation"]["value"], row["metric"]["value"], place)
+    return Trial(label, recipe.seed, row["validation"]["value"], row["metric"]["value"], place)
 
 
 def _finished(recipe: Recipe, place: Path) -> dict[str, Any] | None:
@@ -158,32 +158,41 @@ def _finished(recipe: Recipe, place: Path) -> dict[str, Any] | None:
     return read_ledger(place)
 
 
-def _up_to_distill(recipe: Recipe, criterion: Any) -> Recipe:
-    """The recipe that ends with its first `distill`, by this criterion."""
+def _up_to_distill(recipe: Recipe, criteria: list[Any]) -> Recipe:
+    """The recipe that ends with its first `distill`, by these criteria."""
     for place, stage in enumerate(recipe.stages):
         if isinstance(stage, Distill):
             try:
-                taught = Distill.model_validate({**stage.model_dump(), "criteria": [criterion]})
+                taught = Distill.model_validate({**stage.model_dump(), "criteria": criteria})
             except ValidationError as error:
                 said = error.errors()[0]["msg"].removeprefix("Value error, ")
-                raise UsageError(f"criterion {criterion!r}: {said}") from None
-            stages = [*recipe.stages[:place], taught]
-            return recipe.model_copy(update={"stages": stages, "budget": Budget()})
+                raise UsageError(f"criterion {_label(criteria[0])}: {said}") from None
+            return recipe.model_copy(update={"stages": [*recipe.stages[:place], taught]})
     raise UsageError(
         f"the recipe {recipe.name} has no distill stage, so there are no criteria to compare"
     )
 
 
-def _named(criteria: Sequence[Any]) -> dict[str, Any]:
-    """Each criterion by a name fit for a folder: its own, with the settings where it has some."""
-    named: dict[str, Any] = {}
-    for place, one in enumerate(criteria):
-        ((name, settings),) = one.items() if isinstance(one, dict) else ((str(one), {}),)
-        short = re.sub(r"\W+", "-", str(name).rpartition(":")[2])
-        said = yaml.safe_dump(settings or {}, default_flow_style=True, width=1000)
-        full = ALONE if place == 0 else f"{short} {said}" if settings else short
-        named[re.sub(r"[^\w.-]+", "-", full).strip("-")[:60]] = one
-    return named
+def _label(criterion: Any) -> str:
+    """A criterion as a person types it: `kd`, `dkd: {others: 2}`."""
+    if isinstance(criterion, str):
+        return criterion
+    ((name, settings),) = criterion.items()
+    if not settings:
+        return str(name)
+    return f"{name}: {yaml.safe_dump(settings, default_flow_style=True, width=10_000).strip()}"
+
+
+def _short(label: str) -> str:
+    """A label as part of a folder's name, another one for every other label.
+
+    >>> _short("kd"), _short("dkd: {others: 2}")
+    ('kd', 'dkd-others-2-7e5a3f')
+    """
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", label).strip("-.")[:40]
+    if plain == label:
+        return plain
+    return f"{plain}-{hashlib.sha256(label.encode()).hexdigest()[:6]}"
 
 
 def _spread(values: Sequence[float]) -> tuple[float, float]:

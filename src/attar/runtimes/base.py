@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
-from attar.errors import UsageError
+from attar.errors import BundleError, UsageError
 from attar.registry import Registry
 
 runtimes: Registry[type[Runtime]] = Registry("runtime", "attar.runtimes")
@@ -62,6 +62,21 @@ class Runtime(ABC):
         result (`deploy`), rather than leaving them to the session. A student with a `quantized`
         edit is written quantized. Raises `ExportError` naming what can't be exported.
         """
+
+    def loadable(self, folder: Path, passes: GraphPasses) -> Path:
+        """The main file in a bundle's folder, for a session with these passes.
+
+        Raises `BundleError` where it is missing, `UsageError` for passes that the runtime doesn't
+        know.
+        """
+        if passes not in self.passes:
+            raise UsageError(
+                f"{self.name} can't leave out its graph passes: they are part of how it compiles"
+            )
+        path = folder / self.model_file
+        if not path.exists():
+            raise BundleError(f"{path} is missing")
+        return path
 
     @abstractmethod
     def session(self, folder: Path, *, threads: int = 1, passes: GraphPasses = "all") -> Session:

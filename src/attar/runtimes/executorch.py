@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from attar.errors import BundleError, ExportError, UsageError
+from attar.errors import ExportError
 from attar.runtimes.base import GraphPasses, Runtime, Session, runtimes
 
 
@@ -62,12 +62,7 @@ class ExecuTorch(Runtime):
     def session(self, folder: Path, *, threads: int = 1, passes: GraphPasses = "all") -> Session:
         from attar.runtimes.executorch_session import ExecuTorchSession
 
-        if passes not in self.passes:
-            raise UsageError("ExecuTorch can't leave out its graph passes: they are in the file")
-        path = folder / self.model_file
-        if not path.exists():
-            raise BundleError(f"{path} is missing")
-        return ExecuTorchSession(path, threads=threads)
+        return ExecuTorchSession(self.loadable(folder, passes), threads=threads)
 
     def plain_int8(
         self, source: Path, folder: Path, calibration: Iterable[tuple[np.ndarray, ...]]

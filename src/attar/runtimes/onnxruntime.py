@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from attar.errors import BundleError
 from attar.runtimes.base import GraphPasses, Runtime, Session, runtimes
 
 
@@ -57,10 +56,7 @@ class OnnxRuntime(Runtime):
     def session(self, folder: Path, *, threads: int = 1, passes: GraphPasses = "all") -> Session:
         from attar.runtimes.onnxruntime_session import OnnxSession
 
-        path = folder / self.model_file
-        if not path.exists():
-            raise BundleError(f"{path} is missing")
-        return OnnxSession(path, threads=threads, passes=passes)
+        return OnnxSession(self.loadable(folder, passes), threads=threads, passes=passes)
 
     def plain_int8(
         self, source: Path, folder: Path, calibration: Iterable[tuple[np.ndarray, ...]]

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from attar.errors import BundleError, ExportError, UsageError
+from attar.errors import ExportError
 from attar.runtimes.base import GraphPasses, Runtime, Session, runtimes
 from attar.runtimes.onnxruntime import OnnxRuntime
 
@@ -66,12 +66,7 @@ class OpenVino(Runtime):
     def session(self, folder: Path, *, threads: int = 1, passes: GraphPasses = "all") -> Session:
         from attar.runtimes.openvino_session import OpenVinoSession
 
-        if passes not in self.passes:
-            raise UsageError("OpenVINO can't leave out its graph passes: they are how it compiles")
-        path = folder / self.model_file
-        if not path.exists():
-            raise BundleError(f"{path} is missing")
-        return OpenVinoSession(path, threads=threads)
+        return OpenVinoSession(self.loadable(folder, passes), threads=threads)
 
     def plain_int8(
         self, source: Path, folder: Path, calibration: Iterable[tuple[np.ndarray, ...]]

@@ -21,8 +21,7 @@ from attar.training.config import Training
 from attar.training.objective import Objective
 
 if TYPE_CHECKING:
-    from attar.distill.stored import StoredTeacher
-    from attar.distill.teacher import Teacher
+    from attar.distill.signal import Source
 
 stages: Registry[type[Stage]] = Registry("stage", "attar.stages")
 
@@ -103,13 +102,13 @@ class Context:
 
     def taught(
         self,
-        teacher: nn.Module,
+        teacher: nn.Module | None,
         training: Training,
         label: str,
         *,
         layers: Sequence[str] = (),
         views: int | None = None,
-    ) -> tuple[Teacher | StoredTeacher, Context]:
+    ) -> tuple[Source, Context]:
         """The source of a teacher's signals for the training called `label`, and this context with
         the data that the training then goes through (see `attar.distill.teaching`)."""
         from attar.distill.teaching import teaching

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import nn
 
 from attar.data.base import Data
@@ -15,7 +15,6 @@ from attar.distill.criterion import Criterion, criterion_class, written
 from attar.distill.objective import DistillObjective
 from attar.distill.pairing import pair_layers, with_pairs
 from attar.distill.pairs import Pair
-from attar.distill.signal import Nobody, Source
 from attar.errors import UsageError
 from attar.files import is_reference, locate
 from attar.models import build, load_checkpoint, resolve
@@ -30,6 +29,8 @@ BESIDE_ANSWERS = 0.1
 "a considerably lower weight" on the labels); beside others it weighs 1."""
 PAIRED_BY = 256
 """Examples by which layers are paired, spread over the training split."""
+PAIRED_AT_ONCE = 64
+"""Of these at most so many in a batch, whatever their size."""
 
 Written = Annotated[dict[str, dict[str, Any]], BeforeValidator(written)]
 
@@ -75,16 +76,10 @@ class Distill(Stage, Training):
     }
 
     criteria: list[Written] = Field(default_factory=lambda: [written("kd")])
-    """What the teacher is asked: names, or `{name: {weight: …, …}}`; `attar list criteria`."""
+    """What the teacher is asked: names, or `{name: {weight: …, …}}`; `attar list criteria`. None at
+    all (`[]`) trains the student alone, on the task."""
     task_weight: float | None = Field(None, ge=0, allow_inf_nan=False)
     """Of the task's own loss. Default: 0.1 beside a criterion on responses, 1 beside others."""
-
-    @field_validator("criteria")
-    @classmethod
-    def _some(cls, criteria: list[Written]) -> list[Written]:
-        if not criteria:
-            raise ValueError("distill teaches by at least one criterion, such as kd")
-        return criteria
 
     teacher: Mentor | None = None
     """Who teaches this stage; default: the recipe's teacher, which drops are counted from."""
@@ -105,14 +100,13 @@ class Distill(Stage, Training):
 
     def apply(self, student: Student, run: Context) -> Student:
         mentor = self.teacher.load(run.data) if self.teacher is not None else run.teacher
-        if mentor is None:
+        if mentor is None and self.criteria:
             raise UsageError("distill needs a teacher, and this recipe gives it none here")
         criteria = self._built(self._pairs(student.module, mentor, run))
         layers = [path for one in criteria.values() for path in one.teacher_layers]
         training = self._training()
-        source: Source = Nobody()
-        if any(one.asks_teacher for one in criteria.values()):
-            source, run = run.taught(mentor, training, LABEL, layers=layers, views=self.views)
+        asked = mentor if any(one.asks_teacher for one in criteria.values()) else None
+        source, run = run.taught(asked, training, LABEL, layers=layers, views=self.views)
         objective = DistillObjective(
             run.task,
             source,
@@ -129,14 +123,15 @@ class Distill(Stage, Training):
         run.found["teacher"] = dict(source.choice)
         return trained
 
-    def _pairs(self, student: nn.Module, mentor: nn.Module, run: Context) -> list[Pair]:
+    def _pairs(self, student: nn.Module, mentor: nn.Module | None, run: Context) -> list[Pair]:
         """The pairs for the criteria that leave them open (`layers: auto`)."""
-        if all(one.get("layers") != "auto" for each in self.criteria for one in each.values()):
+        given = [settings.get("layers") for each in self.criteria for settings in each.values()]
+        if mentor is None or "auto" not in given:
             return []
-        split = run.data.train
+        split, several = run.data.train, -(-min(PAIRED_BY, len(run.data.train)) // PAIRED_AT_ONCE)
         places = torch.linspace(0, len(split) - 1, min(PAIRED_BY, len(split))).long().tolist()
-        batch = split.pick(places)
-        found = pair_layers(student, mentor, run.task, [batch])
+        batches = [split.pick(places[start::several]) for start in range(several)]
+        found = pair_layers(student, mentor, run.task, batches)
         for one in found:
             run.tell({"event": "note", "text": f"paired by itself: {one}"})
         run.found["pairs"] = [
@@ -152,8 +147,6 @@ class Distill(Stage, Training):
             short = name.rpartition(":")[2]
             count = sum(known.partition(" ")[0] == short for known in built)
             kind = criterion_class(name)
-            if settings.get("weight", 1) == 0:  # a student alone: nothing is computed for it
-                continue
             made = kind(**with_pairs(kind, settings, pairs))
             built[f"{short} {count + 1}" if count else short] = made
         return built

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from attar.data.base import Batch
 from attar.distill.criterion import Criterion, criteria, wide
+from attar.distill.divergence import divergence
 from attar.distill.relations import full_precision
 from attar.distill.signal import Signal
 from attar.errors import UsageError
@@ -130,7 +131,7 @@ class MiniLM(Criterion):
                         f"the student's attention relates {q.shape[-1]} tokens and the teacher's "
                         f"{p.shape[-1]}: relations can only be compared one to one"
                     )
-                losses.append((p.exp() * (p - q)).sum(-1).mean())
+                losses.append(divergence(p, q))
         return torch.stack(losses).sum() / len(self.settings.layers)
 
     def _heads(self, signal: Signal, projections: Projections) -> dict[str, Tensor]:

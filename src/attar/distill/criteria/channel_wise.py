@@ -6,8 +6,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attar.distill.adapters import AdaptedCriterion, adapter, channels, require_positions, resize
+from attar.distill.adapted import AdaptedCriterion
+from attar.distill.adapters import adapter, channels, require_positions, resize
 from attar.distill.criterion import criteria, wide
+from attar.distill.divergence import divergence
 
 
 @criteria.register("cwd")
@@ -48,4 +50,4 @@ class ChannelWise(AdaptedCriterion):
         t = self.settings.temperature
         own = wide(self.adapted(index)(resize(student, teacher)))
         q, p = (F.log_softmax(channels(x) / t, -1) for x in (own, teacher))
-        return (p.exp() * (p - q)).sum(-1).mean() * t**2
+        return divergence(p, q) * t**2

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attar.data.base import Batch
-from attar.distill.adapters import AdaptedCriterion, channels, require_prepared
+from attar.distill.adapted import AdaptedCriterion, require_prepared
+from attar.distill.adapters import channels
 from attar.distill.criterion import criteria, wide
 from attar.distill.relations import full_precision, unit
 from attar.distill.signal import Signal

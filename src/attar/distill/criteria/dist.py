@@ -8,9 +8,9 @@ from torch.nn import functional as F
 
 from attar.data.base import Batch
 from attar.distill.criterion import criteria
+from attar.distill.relations import examples
 from attar.distill.responses import SoftenedCriterion
 from attar.distill.signal import Signal
-from attar.errors import UsageError
 
 
 @criteria.register("dist")
@@ -44,9 +44,7 @@ class DIST(SoftenedCriterion):
 
     def forward(self, student: Signal, teacher: Signal, batch: Batch | None = None) -> Tensor:
         own, wanted = self.softened(student, teacher)
-        if len(own) < 2:
-            raise UsageError("dist compares a batch's examples: it needs two at least")
-        q, p = F.softmax(own, -1), F.softmax(wanted, -1)
+        q, p = F.softmax(examples("dist", own), -1), F.softmax(wanted, -1)
         inter = self.settings.inter * _uncorrelated(q, p)
         intra = self.settings.intra * _uncorrelated(q.T, p.T)
         return (inter + intra) * self.settings.temperature**2

@@ -6,7 +6,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attar.distill.adapters import AdaptedCriterion, require_maps, resize
+from attar.distill.adapted import AdaptedCriterion
+from attar.distill.adapters import require_maps, resize
 from attar.distill.criterion import criteria, wide
 from attar.distill.relations import unit
 

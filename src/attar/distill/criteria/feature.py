@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from attar.distill.adapted import AdaptedCriterion
 from attar.distill.adapters import adapter, resize
 from attar.distill.criterion import criteria, wide
-from attar.distill.pairs import LayerCriterion
-from attar.distill.signal import Signal
-from attar.errors import UsageError
 
 
 @criteria.register("feature")
-class Feature(LayerCriterion):
+class Feature(AdaptedCriterion):
     """The mean squared difference of inner layers, the student's brought to the teacher's shape.
 
         L = mean over pairs of mean over all elements of (r(student) − teacher)²
@@ -36,20 +32,8 @@ class Feature(LayerCriterion):
         >>> loss = hint(own, wanted)  # doctest: +SKIP
     """
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        self.adapters = nn.ModuleList()
-
-    def prepare(self, student: Signal, teacher: Signal) -> None:
-        self.adapters = nn.ModuleList(
-            adapter(wide(student.features[pair.student]), wide(teacher.features[pair.teacher]))
-            for pair in self.pairs
-        )
+    def made(self, student: Tensor, teacher: Tensor) -> nn.Module:
+        return adapter(student, teacher)
 
     def compare(self, index: int, student: Tensor, teacher: Tensor) -> Tensor:
-        if not self.adapters:
-            raise UsageError(
-                "Feature has no adapters yet: call prepare(student, teacher) with the signals of "
-                "one batch before the optimizer is made"
-            )
-        return F.mse_loss(wide(self.adapters[index](resize(student, teacher))), teacher)
+        return F.mse_loss(wide(self.adapted(index)(resize(student, teacher))), teacher)

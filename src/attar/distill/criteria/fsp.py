@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attar.data.base import Batch
-from attar.distill.adapters import adapter, channels, require_positions, require_prepared
+from attar.distill.adapted import require_prepared
+from attar.distill.adapters import adapter, channels, require_positions
 from attar.distill.criterion import Criterion, criteria, wide
 from attar.distill.relations import full_precision
 from attar.distill.signal import Signal

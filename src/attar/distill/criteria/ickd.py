@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from attar.distill.adapters import AdaptedCriterion, adapter, channels, require_positions
+from attar.distill.adapted import AdaptedCriterion
+from attar.distill.adapters import adapter, channels, require_positions
 from attar.distill.criterion import criteria, wide
 from attar.distill.relations import gram, unit
 

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from attar.data.base import Batch
 from attar.distill.criterion import criteria
-from attar.distill.responses import SoftenedCriterion, divergence
+from attar.distill.divergence import divergence
+from attar.distill.responses import SoftenedCriterion
 from attar.distill.signal import Signal
 
 

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from attar.data.base import Batch
 from attar.distill.criterion import criteria
+from attar.distill.divergence import divergence
 from attar.distill.responses import SoftenedCriterion
 from attar.distill.signal import Signal
 
@@ -41,5 +42,4 @@ class KD(SoftenedCriterion):
     def forward(self, student: Signal, teacher: Signal, batch: Batch | None = None) -> Tensor:
         own, wanted = self.softened(student, teacher)
         q, p = F.log_softmax(own, -1), F.log_softmax(wanted, -1)
-        kl = F.kl_div(q, p, reduction="batchmean", log_target=True)
-        return kl * self.settings.temperature**2
+        return divergence(p, q) * self.settings.temperature**2

@@ -6,7 +6,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from attar.distill.adapters import AdaptedCriterion, adapter, require_positions, resize
+from attar.distill.adapted import AdaptedCriterion
+from attar.distill.adapters import adapter, require_positions, resize
 from attar.distill.criterion import criteria, wide
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from attar.distill.adapters import AdaptedCriterion, channels, require_comparable, resize
+from attar.distill.adapted import AdaptedCriterion
+from attar.distill.adapters import channels, require_comparable, resize
 from attar.distill.criterion import criteria, wide
 
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attar.distill.criterion import criteria
+from attar.distill.divergence import divergence
 from attar.distill.pairs import LayerCriterion
 from attar.distill.relations import examples, gram, unit
 
@@ -40,7 +41,7 @@ class PKT(LayerCriterion):
 
     def compare(self, index: int, student: Tensor, teacher: Tensor) -> Tensor:
         q, p = _neighbours(student), _neighbours(teacher)
-        return F.kl_div(q, p, reduction="batchmean", log_target=True)
+        return divergence(p, q)
 
 
 def _neighbours(features: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attar.data.base import Batch
-from attar.distill.adapters import AdaptedCriterion, require_maps, resize
+from attar.distill.adapted import AdaptedCriterion
+from attar.distill.adapters import require_maps, resize
 from attar.distill.criterion import criteria, wide
 from attar.distill.signal import Signal
 

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from attar.data.base import Batch
 from attar.distill.criterion import Criterion, criteria, wide
-from attar.distill.responses import divergence, labels
+from attar.distill.divergence import divergence
+from attar.distill.responses import labels
 from attar.distill.signal import Signal
 from attar.errors import UsageError
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attar.distill.adapters import AdaptedCriterion, channels, require_comparable, resize
+from attar.distill.adapted import AdaptedCriterion
+from attar.distill.adapters import channels, require_comparable, resize
 from attar.distill.criterion import criteria, wide
 
 LEAST = 1e-5
