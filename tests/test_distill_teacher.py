@@ -1,11 +1,15 @@
 """A live teacher: left as it is, and answering alike in whichever form it runs."""
 
 import copy
+import gc
 import json
+import weakref
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
+from torch._inductor import config
 
 from attar.data.base import Batch
 from attar.distill import DistillObjective, Teacher, recovery_objective
@@ -13,7 +17,15 @@ from attar.distill import teacher as teachers
 from attar.distill.criteria.feature import Feature
 from attar.distill.criteria.kd import KD
 from attar.distill.criteria.logits_mse import LogitsMSE
-from attar.distill.forms import BFloat16, ChannelsLast, Exported, Form, Original
+from attar.distill.forms import (
+    BFloat16,
+    ChannelsLast,
+    Compiled,
+    CompiledBFloat16,
+    Exported,
+    Form,
+    Original,
+)
 from attar.errors import UsageError
 from attar.tasks.image_classification import ImageClassification
 from attar.training.config import Training
@@ -124,6 +136,99 @@ def test_the_exported_form_agrees_with_the_original(net, batch):
     assert same(state(net), before)
 
 
+class Attention(nn.Module):
+    """Images as rows of tokens: attention, norms, GELU, and a mean over the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(12, 16)
+        self.encoder = nn.TransformerEncoderLayer(
+            16, 2, 32, dropout=0.5, activation="gelu", batch_first=True
+        )
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.head(self.encoder(self.embed(x.transpose(1, 2).flatten(2))).mean(1))
+
+
+def part(batch: Batch, count: int) -> Batch:
+    return Batch(batch.inputs[:count], None, batch.indices[:count])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", [Compiled, CompiledBFloat16])
+@pytest.mark.parametrize(("made", "layers"), [("cnn", ("0", "2")), ("attention", ("encoder",))])
+def test_a_compiled_form_answers_alike_with_inner_layers_for_any_batch(
+    net, batch, kind: type[Form], made: str, layers: tuple[str, ...]
+):
+    torch.manual_seed(3)
+    net = net if made == "cnn" else Attention().train()
+    if not kind.fits(net, batch, layers):
+        pytest.skip("this machine or this PyTorch has no use for that form")
+    before, drawn = state(net), torch.get_rng_state()
+    form = kind(net, TASK, batch, layers)
+    original = Original(net, TASK, batch, layers)
+    compilations = counters["stats"]["unique_graphs"]
+    assert compilations > 0
+    for count in (16, 3, 1, 16, 5):
+        shown = part(batch, count)
+        found = form(shown)
+        assert teachers._agree(original(shown), found, TASK)
+        assert list(found.features) == list(layers)
+        assert not any(x.requires_grad for x in (found.logits, *found.features.values()))
+        with torch.autocast("cpu", torch.bfloat16), torch.enable_grad():
+            assert torch.equal(form(shown).logits, found.logits)
+    assert counters["stats"]["unique_graphs"] == compilations, "one compilation, whatever the size"
+    assert same(state(net), before)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert not config.freezing
+
+
+@pytest.mark.long
+def test_compiled_teachers_are_as_many_as_are_wanted_and_leave_a_student_as_it_trains(net, batch):
+    if not Compiled.fits(net, batch, ()):
+        pytest.skip("this PyTorch can't keep compilations apart")
+
+    def trained() -> torch.Tensor:
+        torch.manual_seed(7)
+        student = make(3)
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+        for _ in range(3):
+            TASK.loss(student(batch.inputs), batch).backward()
+            optimizer.step()
+        return student(batch.inputs)
+
+    alone = trained()
+    nets = [nn.Sequential(nn.Flatten(), nn.Linear(72, 4)) for _ in range(10)]  # its limit is 8
+    forms = []
+    for i, one in enumerate(nets):
+        before = counters["stats"]["unique_graphs"]
+        forms.append(Compiled(one, TASK, batch, ()))
+        assert counters["stats"]["unique_graphs"] == before + 1, f"teacher {i} is compiled"
+    for one, form in zip(nets, forms, strict=True):
+        assert torch.allclose(form(batch).logits, one(batch.inputs), atol=1e-5)
+    assert torch.equal(trained(), alone)
+    gone = weakref.ref(forms[0]._module)
+    del forms, form
+    gc.collect()
+    assert gone() is None, "a teacher that is no longer used takes no memory"
+
+
+def test_without_a_c_compiler_the_teacher_answers_as_it_would_have(
+    net, batch, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    monkeypatch.setattr(teachers, "FASTER", (Compiled,))
+    monkeypatch.setattr(teachers, "COMPILE_SECONDS", 0)
+    with config.patch({"cpp.cxx": (str(tmp_path / "g++"),), "force_disable_caches": True}):
+        with pytest.raises(Exception, match="compiler"):
+            Compiled(net, TASK, batch, ())
+        teacher = Teacher(net, TASK, calls=1000)
+        teacher.settle(batch)
+    assert teacher.choice["form"] == "original"
+    assert torch.equal(teacher.signal(batch).logits, net(batch.inputs))
+
+
 class Wrong(ChannelsLast):
     """Fast, and wrong by a constant that no argmax shows."""
 
@@ -206,6 +311,40 @@ def test_an_export_is_tried_where_it_can_pay(net, batch, times, monkeypatch, cal
     assert ("onnxruntime" in teacher.choice["seconds"]) == tried
     assert teacher.choice["form"] == ("onnxruntime" if tried else "channels-last")
     assert set(teacher.signal(batch).features) == set(layers)
+
+
+class Stand(ChannelsLast):
+    """Stands in for a compilation, which takes seconds."""
+
+    name = "compiled"
+
+
+class HalfStand(Stand):
+    name = "compiled-bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("calls", "half", "tried"),
+    [
+        (130, True, {"compiled-bfloat16"}),  # 130 s in the best form till then
+        (130, False, {"compiled"}),  # bfloat16 wasn't verified
+        (110, True, set()),
+        (None, True, set()),
+    ],
+)
+def test_compiling_is_tried_once_and_where_it_can_pay(
+    net, batch, times, monkeypatch, calls, half, tried
+):
+    monkeypatch.setattr(teachers, "FASTER", (ChannelsLast, HalfStand, Stand))
+    monkeypatch.setattr(teachers, "Compiled", Stand)
+    monkeypatch.setattr(teachers, "CompiledBFloat16", HalfStand)
+    monkeypatch.setattr(HalfStand, "fits", classmethod(lambda cls, *_: half))
+    times.update({"compiled": 0.5, "compiled-bfloat16": 0.25})
+    teacher = Teacher(net, TASK, calls=calls, layers=["0"])
+    teacher.settle(batch)
+    assert set(teacher.choice["seconds"]) == {"original", "channels-last"} | tried
+    assert teacher.choice["form"] == (tried or {"channels-last"}).pop()
+    assert set(teacher.signal(batch).features) == {"0"}
 
 
 def test_for_a_few_calls_nothing_is_tried(net, batch, times):

@@ -16,11 +16,12 @@ import attar
 from attar.errors import RecipeError
 from attar.events import several
 from attar.pipeline.budget import judge
-from attar.pipeline.rows import metric_drop, metric_interval, timed_on
+from attar.pipeline.rows import timed_on
 from attar.recipe import Budget, dump_recipe, load_recipe
 from attar.runtimes.bundle import read_bundle
 from attar.tasks.base import Metric
 from attar.tasks.image_classification import ImageClassification
+from attar.tasks.intervals import metric_drop, metric_interval
 from run_fixture import (
     STAGES,
     TINY,
@@ -449,6 +450,18 @@ def test_check_says_what_a_run_will_meet(whole_run: WholeRun) -> None:
     assert (estimate["teacher_epochs"], estimate["student_epochs"]) == (3, 5)
     assert estimate["seconds"] > 0 and estimate["disk_bytes"] > 0
     json.dumps(found)
+
+
+def test_check_says_what_kept_answers_will_take(whole_run: WholeRun) -> None:
+    from attar.pipeline import check
+
+    kept = ["stages.distill.views=2", "stages.distill.store={format: float16}"]
+    with hurried():
+        found = check(load_recipe(whole_run.recipe, kept))
+    (answers,) = found["estimate"]["answers"]
+    seconds = answers.pop("seconds")
+    assert answers == {"examples": 300, "views": 2, "bytes": 300 * 2 * 10 * 2}
+    assert found["estimate"]["disk_bytes"] > answers["bytes"] and seconds >= 0
 
 
 def test_evaluate_repeats_the_ledger_on_every_split(whole_run: WholeRun) -> None:

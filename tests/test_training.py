@@ -26,7 +26,7 @@ from attar.tasks.image_classification import ImageClassification
 from attar.training.checkpoint import load_checkpoint_state, save_checkpoint
 from attar.training.config import Optimizer, Schedule, Training
 from attar.training.evaluation import evaluating, outputs_of, statistics_of
-from attar.training.loop import make_optimizer, train
+from attar.training.loop import augmentation_seed, make_optimizer, train
 from attar.training.objective import TaskObjective
 from attar.training.schedules import rate_factor
 
@@ -519,6 +519,83 @@ def test_bfloat16_runs_in_the_process_that_ran_float32(data):
     assert_other(weights(exact), weights(coarse))
     for a, b in zip(exact.parameters(), coarse.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0.05)
+
+
+class Pulling(WithAdapter):
+    """Terms that pull at the network through an adapter, little, and not at all."""
+
+    def forward(self, model, batch):
+        terms = super().forward(model, batch)
+        own = sum(p.square().sum() for p in self.adapter.parameters())
+        return {**terms, "own": own, "constant": torch.ones(())}
+
+
+def test_an_epoch_tells_the_norm_of_each_terms_gradient(data):
+    """At the only step of the first epoch, it is the gradient of the network as it was."""
+    told: list = []
+    fit(
+        make_linear(),
+        data,
+        objective=Pulling(),
+        settings={"epochs": 1, "batch_size": 64},
+        tell=told.append,
+    )
+    net, objective = make_linear(), Pulling()
+    # all examples: whatever their order and augmentation, what was seen is drawn again
+    (batch,) = data.train.batches(
+        64, shuffle=True, augment=True, seed=augmentation_seed(0, "train"), epoch=0
+    )
+    for name in ("task", "adapter"):
+        net.zero_grad()
+        objective(net, batch)[name].backward()
+        flat = torch.cat([p.grad.flatten() for p in net.parameters()])
+        norm = told[-1]["gradients"][name]
+        assert norm == pytest.approx(float(flat.norm()), rel=1e-5) and norm > 0
+    assert told[-1]["gradients"]["own"] == told[-1]["gradients"]["constant"] == 0
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_looking_at_gradients_changes_no_weight(data, monkeypatch, precision):
+    settings = {"epochs": 2, "precision": precision, "clip": 0.5, "ema": 0.5}
+    looked, objective = make_net(), Pulling()
+    seen = fit(looked, data, objective=objective, settings=settings)
+    monkeypatch.setattr("attar.training.loop.term_norms", lambda terms, parameters: {})
+    blind, other = make_net(), Pulling()
+    unseen = fit(blind, data, objective=other, settings=settings)
+    assert all("gradients" in epoch for epoch in seen)
+    assert not any("gradients" in epoch for epoch in unseen)
+    assert_same(weights(looked), weights(blind))
+    assert_same(weights(objective), weights(other))
+
+
+def test_one_term_has_no_gradient_to_compare(data):
+    assert not any("gradients" in epoch for epoch in fit(make_linear(), data))
+
+
+def test_a_graph_that_refuses_to_be_gone_through_twice_trains_all_the_same(data):
+    """As compiled networks and some checkpointed ones do: by a RuntimeError, at the gradient."""
+
+    class Plain(torch.autograd.Function):
+        @staticmethod
+        def forward(context, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(context, gradient):
+            if torch._C._autograd._get_current_graph_task_keep_graph():
+                raise RuntimeError("this graph can't be kept")
+            return gradient
+
+    class Reluctant(WithAdapter):
+        def forward(self, model, batch):
+            terms = super().forward(model, batch)
+            return {**terms, "task": Plain.apply(terms["task"])}
+
+    net, like = make_net(), make_net()
+    history = fit(net, data, objective=Reluctant())
+    fit(like, data, objective=WithAdapter())
+    assert not any("gradients" in epoch for epoch in history)
+    assert_same(weights(net), weights(like))
 
 
 def test_a_loss_that_is_no_number_says_what_helps(data, tmp_path):

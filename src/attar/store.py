@@ -89,13 +89,26 @@ class Store:
         finally:
             shutil.rmtree(part, ignore_errors=True)
 
+    def discard(self, key: str) -> None:
+        """Forgets the entry for `key`, whole or begun: it is made again when it is next wanted."""
+        with self._lock(key):
+            for kind in ("entries", "work"):
+                shutil.rmtree(self.root / kind / key, ignore_errors=True)
+
     @contextmanager
     def _lock(self, key: str) -> Iterator[None]:
         locks = self.root / "locks"
         locks.mkdir(parents=True, exist_ok=True)
-        with (locks / key).open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # the system releases it if the process is killed
+        with locked(locks / key):
             yield
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds a lock file; another process that holds it is waited for."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # the system releases it if the process is killed
+        yield
 
 
 @contextmanager

@@ -382,6 +382,18 @@ def compare(
     seeds: Annotated[
         int, typer.Option(min=1, help="Trainings of each, from the recipe's seed on.")
     ] = 3,
+    sizes: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--size", metavar="COUNT", min=1, help="Teach on so many training examples; several."
+        ),
+    ] = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method", metavar="METHOD", help="How those are chosen: random, herding, …; several."
+        ),
+    ] = None,
     settings: Settings = None,
     out: Annotated[
         Path | None,
@@ -399,12 +411,14 @@ def compare(
 
         attar compare digits -k kd -k dist -k 'dkd: {others: 2}'
         attar compare recipe.yaml -k 'attention: {layers: auto, weight: 100}' --seeds 5
+        attar compare recipe.yaml -k kd --size 500 --size 2000 --method herding --method random
 
     The order is by validation; a gain is the test metric's over the student alone, seed by seed.
+    The folder's comparison.html shows it, after every training.
     """
     from attar.cli.printing import print_standings
     from attar.pipeline.comparison import compare as start
-    from attar.pipeline.comparison import criteria_of, standings
+    from attar.pipeline.comparison import criteria_of, record
     from attar.recipe import load_recipe
     from attar.screen import Screen, screen_console
 
@@ -412,12 +426,16 @@ def compare(
     asked = [criteria_of(text) for text in criteria]
     folder = out or Path("runs") / f"{loaded.name}-compared"
     with Screen(screen_console(stderr=True)) as screen:
-        done = start(loaded, asked, folder, seeds=seeds, tell=screen, trusted=_trust(trust))
-    found = standings(done)
+        done = start(
+            loaded, asked, folder, seeds=seeds, sizes=sizes or (), methods=methods or (),
+            tell=screen, trusted=_trust(trust),
+        )  # fmt: skip
+    found = record(done, folder)
     if as_json:
-        print_json({"folder": str(folder), "standings": [vars(one) for one in found]})
+        print_json({"folder": str(folder), **found})
     else:
-        print_standings(found, done.metric)
+        print_standings(found)
+        typer.echo(f"page: {folder / 'comparison.html'}")
 
 
 def _trust(allowed: bool) -> Trust:

@@ -5,14 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import typer
-
-if TYPE_CHECKING:
-    from attar.pipeline.comparison import Standing
-    from attar.tasks.base import Metric
 
 UNITS = {"ms": "ms", "mb": "MB", "seconds": "s", "bytes": "B"}
 
@@ -78,31 +74,42 @@ def _wrapped(head: str, text: str) -> list[str]:
     ) or [head.rstrip()]  # fmt: skip
 
 
-def print_standings(found: Sequence[Standing], metric: Metric) -> None:
-    """Criteria side by side, in the order given."""
+def print_standings(comparison: Mapping[str, Any]) -> None:
+    """Criteria side by side, in the order given; `comparison` is what `comparison.json` holds."""
     from rich.console import Console
     from rich.table import Table
 
-    from attar.report import numbers
+    from attar import numbers
 
-    def spread(show: Callable[[float, str], str], mean: float | None, sd: float | None) -> str:
-        if mean is None or sd is None:
+    metric, ranked = comparison["metric"], comparison["standings"]
+    unit = metric["unit"]
+
+    def spread(one: Mapping[str, Any], name: str, show: Callable[[float, str], str]) -> str:
+        if one[name] is None:
             return ""
-        unit = metric.unit
-        return f"{show(mean, unit)} ± {numbers.difference(sd, unit)}"
+        mean, sd = show(one[name], unit), numbers.difference(one[f"{name}_sd"], unit)
+        return f"{mean} ± {sd}" if one["seeds"] > 1 else mean
 
-    shown = Table(box=None, pad_edge=False)
-    columns = ("criterion", "seeds", f"validation {metric.name}", f"test {metric.name}")
-    gain = f"gain,{numbers.points(metric.unit)}".rstrip(",")
-    for name in (*columns, gain):
-        first = name == "criterion"
-        shown.add_column(name, justify="left" if first else "right", overflow="fold")
-    for one in found:
+    shown = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    gain = f"gain,{numbers.points(unit)}".rstrip(",")
+    columns = ["criterion", "seeds", f"validation {metric['name']}", f"test {metric['name']}", gain]
+    if bounded := any(one["gain_low"] is not None for one in ranked):
+        columns.append("95 % interval")
+    if in_print := any(one["published"] for one in ranked):
+        columns.append("published")
+    shown.add_column(columns[0], overflow="fold")
+    for name in columns[1:]:
+        shown.add_column(name, justify="right", no_wrap=True)
+    for one in ranked:
+        bounds = {"low": one["gain_low"], "high": one["gain_high"]}
+        figure = one["published"]
         shown.add_row(
-            one.criterion,
-            str(one.seeds),
-            spread(numbers.metric, one.validation, one.validation_sd),
-            spread(numbers.metric, one.test, one.test_sd),
-            spread(numbers.difference, one.gain, one.gain_sd),
+            one["label"],
+            str(one["seeds"]),
+            spread(one, "validation", numbers.metric),
+            spread(one, "test", numbers.metric),
+            spread(one, "gain", numbers.difference),
+            *([numbers.span(bounds, numbers.difference, unit)] if bounded else []),
+            *([numbers.metric(figure["value"]) if figure else ""] if in_print else []),
         )
     Console(highlight=False).print(shown)

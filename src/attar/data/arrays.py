@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +18,45 @@ from attar.errors import DataError, UsageError
 
 HASHED_BYTES = 2**30
 HASH_BLOCK = 4096
+
+
+class Chained:
+    """Arrays of images of one form, one after another as if they were one. Nothing is copied, so
+    they may be files mapped to memory.
+
+    parts: (N, C, H, W) each, alike but for N. Raises `DataError` for parts of different forms.
+
+    Example:
+        >>> both = Chained(torch.zeros(3, 1, 2, 2), torch.ones(2, 1, 2, 2))
+        >>> both.index_select(0, torch.tensor([4, 0]))[:, 0, 0, 0].tolist()
+        [1.0, 0.0]
+    """
+
+    def __init__(self, *parts: Tensor) -> None:
+        first = parts[0]
+        for part in parts[1:]:
+            if (part.shape[1:], part.dtype) != (first.shape[1:], first.dtype):
+                raise DataError(
+                    f"images of {tuple(part.shape[1:])} {part.dtype} can't join those of "
+                    f"{tuple(first.shape[1:])} {first.dtype}: both must have one form"
+                )
+        self.parts = parts
+        self.dtype = first.dtype
+        self.shape = torch.Size([sum(map(len, parts)), *first.shape[1:]])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def index_select(self, dim: int, rows: Tensor) -> Tensor:
+        """As `Tensor.index_select` has it, for `dim` 0."""
+        assert dim == 0
+        chosen = torch.empty((len(rows), *self.shape[1:]), dtype=self.dtype)
+        start = 0
+        for part in self.parts:
+            own = (rows >= start) & (rows < start + len(part))
+            chosen[own] = part.index_select(0, rows[own] - start)
+            start += len(part)
+        return chosen
 
 
 class ArraySplit:
@@ -36,7 +77,7 @@ class ArraySplit:
     def __init__(
         self,
         name: str,
-        images: Tensor,
+        images: Tensor | Chained,
         targets: Tensor,
         *,
         mean: Sequence[float],
@@ -67,6 +108,29 @@ class ArraySplit:
         repeated = copy.copy(self)
         repeated._views = views
         return repeated
+
+    def only(self, places: Sequence[int] | np.ndarray) -> ArraySplit:
+        """The examples at these places, in this order, as a split of its own: the images are
+        shared, augmentations are drawn by the new places."""
+        chosen = torch.as_tensor(places, dtype=torch.int64).reshape(-1)
+        return self._holding(self.images, self.rows[chosen], self.targets[chosen])
+
+    def joined(self, other: ArraySplit) -> ArraySplit:
+        """These examples and then those of `other`, prepared and augmented as these are.
+
+        Raises `DataError` for images of another form.
+        """
+        return self._holding(
+            Chained(*_parts(self.images), *_parts(other.images)),
+            torch.cat([self.rows, other.rows + len(self.images)]),
+            torch.cat([self.targets, other.targets]),
+        )
+
+    def _holding(self, images: Tensor | Chained, rows: Tensor, targets: Tensor) -> ArraySplit:
+        held = copy.copy(self)
+        held.images, held.rows, held.targets = images, rows, targets
+        held.__dict__.pop("fingerprint", None)
+        return held
 
     def batches(
         self,
@@ -102,7 +166,7 @@ class ArraySplit:
     def fingerprint(self) -> str:
         """A hash of labels, preparation, augmentation and images: of all images up to 1 GiB, of
         evenly spaced ones of that many bytes beyond."""
-        size = self.images[:1].numel() * self.images.element_size()
+        size = math.prod(self.images.shape[1:]) * self.images.dtype.itemsize
         step = max(1, -(-len(self) * size // HASHED_BYTES))
         how = (
             tuple(self.images.shape[1:]),
@@ -121,6 +185,10 @@ class ArraySplit:
     def _normalized(self, pixels: Tensor) -> Tensor:
         inputs = pixels.float() if pixels.dtype != torch.float32 else pixels
         return inputs.mul_(self._factor).add_(self._offset)
+
+
+def _parts(images: Tensor | Chained) -> tuple[Tensor, ...]:
+    return images.parts if isinstance(images, Chained) else (images,)
 
 
 def visiting_order(count: int, *, shuffle: bool, seed: int, epoch: int) -> Tensor:

@@ -8,12 +8,16 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+UNLABELLED = -1
+"""The target of an example without a label, among others that have one."""
+
 
 class Batch(NamedTuple):
     """One step's examples.
 
     inputs: what the network takes, normalised: float32, for images (N, C, H, W).
-    targets: what is right: for classes int64 (N,); `None` for unlabelled examples.
+    targets: what is right: for classes int64 (N,), `UNLABELLED` (-1) for examples without a label;
+        `None` where none has one.
     indices: int64 (N,), each example's place in its split.
     """
 
@@ -73,8 +77,25 @@ class Data:
     `std`."""
     notes: list[str] = field(default_factory=list)
     """What was decided on the person's behalf, in sentences: said by `run`, kept in the report."""
+    unlabelled: Split | None = None
+    """Examples without labels (all `UNLABELLED`), which `distill` learns from besides `train`."""
 
     @property
     def fingerprint(self) -> str:
-        """A hash over the three splits."""
-        return "-".join(s.fingerprint[:16] for s in (self.train, self.validation, self.test))
+        """A hash over all splits."""
+        splits = [self.train, self.validation, self.test]
+        splits += [self.unlabelled] if self.unlabelled is not None else []
+        return "-".join(s.fingerprint[:16] for s in splits)
+
+
+def mean_of_labelled(losses: Tensor, targets: Tensor) -> Tensor:
+    """The mean of `losses` (N,) over the examples whose `targets` (N,) aren't `UNLABELLED`; 0, with
+    gradients of 0, where none has a label.
+
+    Example:
+        >>> import torch
+        >>> mean_of_labelled(torch.tensor([1.0, 2.0, 9.0]), torch.tensor([3, 0, UNLABELLED])).item()
+        1.5
+    """
+    labelled = targets != UNLABELLED
+    return losses.where(labelled, 0).sum() / labelled.sum().clamp_min(1)

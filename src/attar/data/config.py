@@ -76,6 +76,15 @@ class Validation(BaseModel):
         return {"from": self.from_, "fraction": self.share}
 
 
+def bare_amount(written: Any) -> Any:
+    """A bare number as the settings it stands for: `{count: …}`, or `{fraction: …}` for a float."""
+    if isinstance(written, int) and not isinstance(written, bool):
+        return {"count": written}
+    if isinstance(written, float):
+        return {"fraction": written}
+    return written
+
+
 class DataConfig(BaseModel):
     """A data set, ready to be loaded by `attar.data.load_data`.
 
@@ -91,6 +100,8 @@ class DataConfig(BaseModel):
     color: what images are turned into; null: as they are.
     augment: torchvision's v2 transforms by their names in snake_case, for training only.
     normalize: `auto` computes mean and standard deviation from the training split.
+    unlabelled: images without labels, for `distill` to learn from besides the training split: a
+        folder of images at any depth, a .npz or .npy file of one array, or Parquet.
     seed: draws the splits. It is not the run's, so that runs with other seeds choose and report on
         the same examples.
 
@@ -119,6 +130,7 @@ class DataConfig(BaseModel):
     normalize: Normalize | Literal["auto"] = "auto"
     subset: Subset | None = None
     validation: Validation | None = None
+    unlabelled: str | None = None
     seed: int = Field(0, ge=0, lt=2**32)
 
     @field_validator("augment")
@@ -135,8 +147,4 @@ class DataConfig(BaseModel):
     @field_validator("subset", mode="before")
     @classmethod
     def _bare_amount(cls, subset: Any) -> Any:
-        if isinstance(subset, int) and not isinstance(subset, bool):
-            return {"count": subset}
-        if isinstance(subset, float):
-            return {"fraction": subset}
-        return subset
+        return bare_amount(subset)

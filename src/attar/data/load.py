@@ -10,11 +10,12 @@ from torch import Tensor
 
 from attar.data.arrays import ArraySplit
 from attar.data.augment import Augmentation
-from attar.data.base import Data
+from attar.data.base import UNLABELLED, Data
 from attar.data.config import DataConfig, Normalize
 from attar.data.images import SCALE, fit_images, preparation
-from attar.data.parts import Parts, Source, sources
+from attar.data.parts import Examples, Parts, Source, location, sources
 from attar.data.splits import Rows, divided, reduced
+from attar.data.unlabelled import unlabelled_images
 from attar.errors import DataError, UsageError
 from attar.files import Trust, from_file, is_reference
 
@@ -60,6 +61,9 @@ def load_data(config: DataConfig, *, seed: int = 0, trusted: Trust = False) -> D
             name, images, targets, rows=rows, mean=mean, std=std, augmentation=augmentation
         )
 
+    extra = _unlabelled(config, parts) if config.unlabelled is not None else None
+    if extra is not None:
+        notes.append(f"{len(extra.rows):,} images without labels are there for `distill` to use.")
     return Data(
         name=parts.name,
         train=split("train", train, augmentation),
@@ -69,7 +73,26 @@ def load_data(config: DataConfig, *, seed: int = 0, trusted: Trust = False) -> D
         shape=tuple(shape),
         preparation=preparation(shape, config, mean, std),
         notes=[*parts.notes, *notes],
+        unlabelled=None if extra is None else split("unlabelled", extra, augmentation),
     )
+
+
+def _unlabelled(config: DataConfig, parts: Parts) -> Rows:
+    """The images without labels, in the form of the training images."""
+    path = location(config.unlabelled, "unlabelled")
+    images, train = unlabelled_images(path, config), parts.train.images
+    if images.shape[1:] != train.shape[1:]:
+        raise DataError(
+            f"the unlabelled images in {path} are {images.shape[1:]} and those of {parts.name} "
+            f"{train.shape[1:]} (channels, height, width): give the data a `size` and a `color`"
+        )
+    if images.dtype != train.dtype:
+        raise DataError(
+            f"the unlabelled images in {path} are {images.dtype} and those of {parts.name} "
+            f"{train.dtype}: save both as uint8"
+        )
+    targets = np.full(len(images), UNLABELLED, np.int64)
+    return Rows(Examples(images, targets), np.arange(len(images)))
 
 
 def _read(config: DataConfig, trusted: Trust) -> Parts:

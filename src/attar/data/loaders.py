@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+)
 
 from attar.data.arrays import shares, visiting_order
 from attar.data.augment import mixed
@@ -93,11 +102,22 @@ class LoaderSplit:
         self.name = name
         self._loader = loader
         self._dataset: Any = loader.dataset
+        self._places: Tensor | None = None  # of what is left of it, in the loader's data set
         if not len(self):
             raise DataError(f"{name} has no examples")
 
     def __len__(self) -> int:
         return len(self._dataset)
+
+    def only(self, places: Sequence[int] | np.ndarray) -> LoaderSplit:
+        """The examples at these places, in this order, as a split of its own. A sampler of the
+        person's own draws as before; of what it draws, these examples stay."""
+        chosen = torch.as_tensor(places, dtype=torch.int64).reshape(-1)
+        held = copy.copy(self)
+        held._dataset = Subset(self._dataset, chosen.tolist())
+        held._places = chosen if self._places is None else self._places[chosen]
+        held.__dict__.pop("fingerprint", None)
+        return held
 
     def batches(
         self,
@@ -147,7 +167,13 @@ class LoaderSplit:
         if not shuffle or isinstance(sampler, RandomSampler | SequentialSampler):
             return visiting_order(len(self), shuffle=shuffle, seed=seed, epoch=epoch)
         with randomness(fresh_states(mixed(seed, epoch, "order"))):
-            return torch.tensor(list(sampler), dtype=torch.int64)
+            drawn = torch.tensor(list(sampler), dtype=torch.int64)
+        if self._places is None:
+            return drawn
+        place_of = torch.full((len(self._loader.dataset),), -1)  # type: ignore[arg-type]
+        place_of[self._places] = torch.arange(len(self))
+        own = place_of[drawn]
+        return own[own >= 0]
 
 
 class StreamSplit:

@@ -76,11 +76,18 @@ def divided(parts: Parts, validation: Validation | None, seed: int) -> Division:
 def reduced(train: Rows, subset: Subset, seed: int) -> Rows:
     """The part of the training split that the recipe's `subset` asks for."""
     total = len(train.rows)
-    count = subset.count or round((subset.fraction or 0) * total)
-    if not 1 <= count <= total:
-        raise UsageError(f"a subset of {count:,} can't be drawn from {total:,} training examples")
+    count = count_of("a subset", subset.count, subset.fraction, total)
     groups = train.targets if subset.method == "stratified" else np.zeros(total, np.int64)
     return Rows(train.examples, train.rows[draw(groups, count, seed)])
+
+
+def count_of(what: str, count: int | None, fraction: float | None, total: int) -> int:
+    """How many of `total` training examples a count, or else a fraction, asks for; `what` is what
+    messages call them. Raises `UsageError` for none, or more than there are."""
+    wanted = count or round((fraction or 0) * total)
+    if not 1 <= wanted <= total:
+        raise UsageError(f"{what} of {wanted:,} can't be drawn from {total:,} training examples")
+    return wanted
 
 
 def draw(targets: np.ndarray, count: int, seed: int, *, leave_one: bool = False) -> np.ndarray:
@@ -93,23 +100,30 @@ def draw(targets: np.ndarray, count: int, seed: int, *, leave_one: bool = False)
     random = np.random.RandomState(seed % 2**32)
     labels, places = np.unique(targets, return_inverse=True)
     sizes = np.bincount(places, minlength=len(labels))
-    quota = _quota(sizes, count, sizes - leave_one)
+    quotas = quota(sizes, count, sizes - leave_one)
     shuffled = random.permutation(len(targets))
     by_class = shuffled[np.argsort(places[shuffled], kind="stable")]
     starts = np.cumsum(sizes) - sizes
-    taken = [by_class[s : s + q] for s, q in zip(starts, quota, strict=True)]
+    taken = [by_class[s : s + q] for s, q in zip(starts, quotas, strict=True)]
     return np.sort(np.concatenate(taken)) if taken else np.empty(0, np.int64)
 
 
-def _quota(sizes: np.ndarray, count: int, limit: np.ndarray) -> np.ndarray:
-    """How many of each class: its share rounded down, then one more where most was cut off."""
+def quota(sizes: np.ndarray, count: int, limit: np.ndarray) -> np.ndarray:
+    """How many of each class: its share rounded down, then one more where most was cut off.
+
+    sizes: int64 (classes,), how many there are. limit: int64 (classes,), how many there may be.
+
+    Example:
+        >>> quota(np.array([50, 30, 20]), 7, np.array([50, 30, 20])).tolist()
+        [4, 2, 1]
+    """
     exact = sizes * (count / max(1, sizes.sum()))
-    quota = np.minimum(np.floor(exact + 1e-9).astype(np.int64), limit)
-    for label in np.argsort(quota - exact, kind="stable"):
-        if quota.sum() >= count:
+    quotas = np.minimum(np.floor(exact + 1e-9).astype(np.int64), limit)
+    for label in np.argsort(quotas - exact, kind="stable"):
+        if quotas.sum() >= count:
             break
-        quota[label] += quota[label] < limit[label]
-    return quota
+        quotas[label] += quotas[label] < limit[label]
+    return quotas
 
 
 def _all(examples: Examples) -> Rows:

@@ -6,6 +6,7 @@ signals, `Capture` reads inner layers of any network, and `DistillObjective` joi
 
 from attar.distill.capture import Capture
 from attar.distill.criterion import Criterion
+from attar.distill.head import TeacherHead
 from attar.distill.objective import DistillObjective
 from attar.distill.pairing import pair_layers
 from attar.distill.recovery import recovery_objective
@@ -19,6 +20,7 @@ __all__ = [
     "Signal",
     "Source",
     "Teacher",
+    "TeacherHead",
     "pair_layers",
     "recovery_objective",
 ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -13,8 +15,13 @@ from attar.data.base import Batch
 from attar.distill.signal import Signal
 from attar.errors import UsageError
 from attar.registry import Registry, near
+from attar.student import Student
 
 criteria: Registry[type[Criterion]] = Registry("criterion", "attar.distill.criteria")
+
+BESIDE_ANSWERS = 0.1
+"""What the task's own loss weighs beside criteria that teach the answers too (Hinton et al. 2015:
+"a considerably lower weight" on the labels); beside others it weighs 1."""
 
 
 class Criterion(nn.Module, ABC):
@@ -55,10 +62,14 @@ class Criterion(nn.Module, ABC):
     """Paths of the student's layers whose outputs `forward` reads."""
     teacher_layers: tuple[str, ...] = ()
     """Paths of the teacher's."""
-    teaches_answers: ClassVar[bool] = False
-    """Whether it teaches what the task's own loss teaches, which may then weigh little."""
+    beside_task: ClassVar[float] = 1.0
+    """What the task's own loss weighs beside it, where nothing else is asked for: little where it
+    teaches the answers too (`BESIDE_ANSWERS`)."""
     asks_teacher: ClassVar[bool] = True
     """Whether it reads the teacher's signal; one whose criteria all don't is never called."""
+
+    needs_labels: ClassVar[bool] = False
+    """Whether it reads every example's label: it can't be used where some have none."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__()
@@ -71,6 +82,19 @@ class Criterion(nn.Module, ABC):
     def weight(self) -> float:
         """What its loss is multiplied by in the joint loss."""
         return self.settings.weight
+
+    @contextmanager
+    def changing(
+        self, student: Student, teacher: nn.Module | None, example: tuple[Any, ...]
+    ) -> Iterator[None]:
+        """Entered before a training, left after it, for those that change the student itself, in
+        place and with an edit on its record (`simkd`); the others do nothing here.
+
+        teacher: its network; `None` where there is none (a table of answers). example: what the
+        networks are called with, batch first. Enter it before `student_layers` and
+        `teacher_layers` are read: it may settle them.
+        """
+        yield
 
     def expect(self, examples: int) -> None:
         """Told once, before `prepare`, how many examples the training split has: for those that
@@ -96,6 +120,17 @@ def criterion_class(name: str) -> type[Criterion]:
     if not (isinstance(own, type) and issubclass(own, Criterion)):
         raise UsageError(f"{name} is not a criterion: it should be a subclass of Criterion")
     return own
+
+
+def require_no_labels(names: Iterable[str]) -> None:
+    """Raises `UsageError` for the first of these criteria that needs every example's label: told
+    of data of which some examples have none."""
+    for name in names:
+        if criterion_class(name).needs_labels:
+            raise UsageError(
+                f"{name} needs every example's label, and the data's `unlabelled` images have "
+                "none: kd and dist do without"
+            )
 
 
 def written(criterion: object) -> dict[str, dict[str, Any]]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -139,7 +140,73 @@ class Exported(Form):
         return Signal(torch.from_numpy(logits))
 
 
-FASTER: tuple[type[Form], ...] = (ChannelsLast, BFloat16, Exported)
+class Compiled(ChannelsLast):
+    """That copy compiled by `torch.compile` for batches of one shape, inner layers and all; its
+    convolutions absorb what follows them. Needs a C++ compiler on the machine."""
+
+    name = "compiled"
+
+    @classmethod
+    def fits(cls, module: nn.Module, batch: Batch, layers: tuple[str, ...]) -> bool:
+        # before PyTorch could keep compilations apart, a process had but eight of one function
+        apart = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+        return batch.inputs.device.type == "cpu" and apart
+
+    def __init__(
+        self, module: nn.Module, task: Task, batch: Batch, layers: tuple[str, ...]
+    ) -> None:
+        from torch._inductor import config
+
+        super().__init__(module, task, batch, layers)
+        how: dict[str, Any] = {"dynamic": False, "isolate_recompiles": True}
+        self._compiled = torch.compile(_Answering(self._module, layers), **how)
+        # in this process: a pool of compilers would outlive the training
+        with config.patch(freezing=True, compile_threads=1):
+            self._answer(batch)
+
+    def made_from(self, module: nn.Module, device: torch.device) -> nn.Module:
+        return super().made_from(module, device).eval().requires_grad_(False)
+
+    def __call__(self, batch: Batch) -> Signal:
+        # batches of another shape (an epoch's last) run as they are rather than be compiled for
+        with torch.compiler.set_stance("eager_on_recompile"):
+            return self._answer(batch)
+
+    def _answer(self, batch: Batch) -> Signal:
+        args, kwargs = self.arguments(batch)
+        with torch.no_grad(), torch.autocast(batch.inputs.device.type, enabled=False):
+            output, features = self._compiled(*args, **kwargs)
+        return Signal(self._task.logits(output), features)
+
+
+class CompiledBFloat16(Compiled):
+    """The copy in bfloat16, compiled."""
+
+    name = "compiled-bfloat16"
+    dtype = torch.bfloat16
+
+    @classmethod
+    def fits(cls, module: nn.Module, batch: Batch, layers: tuple[str, ...]) -> bool:
+        return super().fits(module, batch, layers) and computes_bfloat16()
+
+
+class _Answering(nn.Module):
+    """A network whose outputs are its own and those of its inner layers: hooks that come and go
+    call by call can't be compiled, so these stay. The network must be a copy."""
+
+    def __init__(self, network: nn.Module, layers: tuple[str, ...]) -> None:
+        super().__init__()
+        self._network = network
+        self._hooks = ExitStack()  # closed by nobody
+        self._features = self._hooks.enter_context(Capture(network, layers)())
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
+        self._features.clear()
+        output = self._network(*args, **kwargs)
+        return output, dict(self._features)
+
+
+FASTER: tuple[type[Form], ...] = (ChannelsLast, BFloat16, Exported, CompiledBFloat16, Compiled)
 """What may be faster than `Original`, the cheapest to try first."""
 
 

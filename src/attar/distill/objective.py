@@ -19,7 +19,8 @@ class DistillObjective(Objective):
     """`task_weight · L_task + Σ weightᵢ · L_kdᵢ`, a term each, by one call of each network.
 
     The article's `L_D + β · L_kd` is `task_weight=1` with one criterion of weight β. Terms have the
-    names in `criteria`; the task's own is `task`, and is left out for batches without labels.
+    names in `criteria`; the task's own is `task`, over the examples that have a label, and is left
+    out for batches without labels.
 
     The criteria are submodules: their adapters are trained and checkpointed with the student, and
     stay behind when it is handed on. The teacher is no submodule: nothing of it is trained, saved

@@ -6,8 +6,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from attar.data.base import Batch
-from attar.distill.criterion import Criterion, wide
+from attar.data.base import UNLABELLED, Batch
+from attar.distill.criterion import BESIDE_ANSWERS, Criterion, wide
 from attar.distill.signal import Signal
 from attar.errors import UsageError
 
@@ -32,7 +32,7 @@ class SoftenedCriterion(Criterion):
         standardize: bool = False
 
     settings: Settings
-    teaches_answers = True
+    beside_task = BESIDE_ANSWERS
 
     def softened(self, student: Signal, teacher: Signal) -> tuple[Tensor, Tensor]:
         """Both networks' logits over T, (positions, classes), in at least float32.
@@ -51,12 +51,18 @@ def responses(student: Signal, teacher: Signal) -> tuple[Tensor, Tensor]:
     Raises `UsageError` where they answer with different numbers of classes.
     """
     own, wanted = student.logits, teacher.logits
-    if own.shape[-1] != wanted.shape[-1]:
-        raise UsageError(
-            f"the student answers with {own.shape[-1]} classes and the teacher with "
-            f"{wanted.shape[-1]}: criteria on responses need the same classes in both"
-        )
+    require_same_classes(own.shape[-1], wanted.shape[-1])
     return wide(own.flatten(0, -2)), wide(wanted.flatten(0, -2))
+
+
+def require_same_classes(student: int, teacher: int) -> None:
+    """Raises `UsageError` where the two answer with different numbers of classes."""
+    if student != teacher:
+        raise UsageError(
+            f"the student answers with {student:,} classes and the teacher with {teacher:,}: say "
+            "which of the teacher's are the student's (`teacher: {classes: […]}` of distill), or "
+            "use criteria on features or relations"
+        )
 
 
 def standardized(logits: Tensor) -> Tensor:
@@ -74,8 +80,9 @@ def labels(criterion: str, batch: Batch | None) -> Tensor:
 
     Raises `UsageError` for examples without labels.
     """
-    if batch is None or batch.targets is None:
+    if batch is None or batch.targets is None or bool((batch.targets == UNLABELLED).any()):
+        some = "these" if batch is None or batch.targets is None else "some of these"
         raise UsageError(
-            f"{criterion} needs the examples' labels, and these have none: kd and dist do without"
+            f"{criterion} needs the examples' labels, and {some} have none: kd and dist do without"
         )
     return batch.targets.flatten().to(torch.int64)

@@ -10,6 +10,7 @@ from torch import nn
 
 from attar.data.arrays import ArraySplit
 from attar.data.base import Data
+from attar.distill.answers import Storing
 from attar.distill.signal import Nobody, Source
 from attar.distill.stored import stored
 from attar.distill.teacher import Teacher
@@ -35,24 +36,29 @@ def teaching(
     store: Store,
     layers: Sequence[str] = (),
     views: int | None = None,
+    storing: Storing | None = None,
     tell: Listener = silent,
 ) -> tuple[Source, Data]:
     """The source of a teacher's signals for the training called `label`, and the data to train on.
 
-    module: the teacher; `None` where nothing is asked of it, and the data are the same.
     module: the teacher; `None` where nothing is asked of it: the data are the same then.
     views: how many augmentations of each example the teacher is asked about, once; its answers are
         kept in `store`, and the data's training split goes through these views in turn. `None`: a
         live teacher, unless examples aren't augmented: then each has one view, and stored answers
         are the live ones.
-    layers: inner layers that are wanted; they come from a live teacher only.
+    layers: inner layers that are wanted. storing: how answers are kept.
     Raises `UsageError` where `views` are asked for and can't be had.
     """
     split = data.train
     if views is not None:
-        _require_storable(data, layers)
-    elif _never_changes(data) and not layers:
-        views = 1
+        _require_storable(data)
+    elif storing is not None or not layers:
+        views = 1 if _never_changes(data) else None
+    if storing is not None and views is None:
+        raise UsageError(
+            "distill: `store` keeps answers to a stated number of augmentations of each example: "
+            "give `views` as well"
+        )
     seen = None
     if views is not None:
         assert isinstance(split, ArraySplit)
@@ -65,16 +71,19 @@ def teaching(
     teacher = Teacher(module, task, layers=layers, calls=calls, tell=tell)
     if seen is None or views is None:
         return teacher, data
-    drawn_by = augmentation_seed(seed, label)
-    return stored(teacher, seen, views=views, seed=drawn_by, store=store, tell=tell), data
+    answers = stored(
+        teacher,
+        seen,
+        views=views,
+        seed=augmentation_seed(seed, label),
+        store=store,
+        storing=storing,
+        tell=tell,
+    )
+    return answers, data
 
 
-def _require_storable(data: Data, layers: Sequence[str]) -> None:
-    if layers:
-        raise UsageError(
-            f"distill: `views` keeps the teacher's answers, not its inner layer {layers[0]!r}: "
-            "leave `views` out, or the criteria on inner layers"
-        )
+def _require_storable(data: Data) -> None:
     if not isinstance(data.train, ArraySplit):
         raise UsageError("distill: `views` needs examples that Attar holds in memory")
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from attar.distill.answers import Storing, answers_bytes
+from attar.distill.asking import shapes_of
 from attar.errors import AttarError
 from attar.events import Listener, silent
 from attar.files import Trust
@@ -23,6 +25,8 @@ from attar.quantize import Scheme, quantize, quantized_reference
 from attar.recipe import Recipe
 from attar.runtimes import runtimes
 from attar.runtimes.parity import FLOAT, QUANTIZED, check_parity
+from attar.stages.base import Context
+from attar.stages.distill import Distill
 from attar.store import cache_folder
 from attar.student import Student
 from attar.training.config import Training
@@ -31,6 +35,7 @@ from attar.training.loop import make_optimizer
 from attar.training.objective import TaskObjective
 
 STEPS_TIMED = 4
+ASKED_AT_ONCE = 64
 SECONDS_A_ROW = 4.0  # exporting, loading in a fresh process, timing
 TEACHING_FACTOR = 1.4  # a step that also asks the teacher, over one that doesn't
 
@@ -163,16 +168,46 @@ def _estimate(job: Job, teacher: Student, student: Student) -> dict[str, Any]:
     }
     seconds = job.train.epochs * epoch["teacher"] if job.train else 0.0
     epochs = sum(_epochs_of(stage) for stage in job.stages)
-    seconds += epochs * epoch["student"] * TEACHING_FACTOR
+    answers = [_answers(job, stage, teacher, student) for stage in job.stages]
+    for stage, asked in zip(job.stages, answers, strict=True):
+        taught = 1.0 if asked else TEACHING_FACTOR
+        seconds += _epochs_of(stage) * epoch["student"] * taught
+        seconds += asked["seconds"] if asked else 0
     rows = 4 + len(job.stages)
     seconds += rows * SECONDS_A_ROW
     weights = 4 * (parameters(teacher.module) * 3 + parameters(student.module) * 2 * rows)
+    kept = [one for one in answers if one]
     return {
         "seconds": round(seconds),
+        **({"answers": kept} if kept else {}),
         "teacher_epochs": job.train.epochs if job.train else 0,
         "student_epochs": epochs,
-        "disk_bytes": weights,
+        "disk_bytes": weights + sum(one["bytes"] for one in kept),
         "disk_free_bytes": shutil.disk_usage(_existing(cache_folder())).free,
+    }
+
+
+def _answers(job: Job, stage: Any, teacher: Student, student: Student) -> dict[str, Any] | None:
+    """What the answers that a stage wants to keep (`views`) will take: `seconds` to ask for them,
+    and `bytes`."""
+    if not isinstance(stage, Distill) or stage.views is None:
+        return None
+    run = Context(job.task, job.data, teacher=teacher.module, seed=job.seed, work=Path())
+    asked = stage.asked(student.module, run)
+    if asked is None:
+        return None
+    batch = job.data.train.pick(range(min(ASKED_AT_ONCE, len(job.data.train))))
+    asked.signal(batch)
+    started = time.perf_counter()
+    signal = asked.signal(batch)
+    seconds = time.perf_counter() - started
+    count = stage.views * stage.examples(job.data)
+    storing = stage.store or Storing()
+    return {
+        "examples": stage.examples(job.data),
+        "views": stage.views,
+        "seconds": round(seconds * count / len(batch.inputs)),
+        "bytes": count * answers_bytes(shapes_of(signal), storing.format, storing.top_k),
     }
 
 

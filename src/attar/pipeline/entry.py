@@ -12,10 +12,11 @@ from attar.files import Trust, from_file, is_reference
 from attar.pipeline.execute import execute
 from attar.pipeline.job import job_of, require_source
 from attar.pipeline.result import Run
-from attar.pipeline.rows import metric_interval, session_arrays_of
+from attar.pipeline.rows import session_arrays_of
 from attar.recipe import Recipe, load_recipe
 from attar.runtimes.bundle import read_bundle
 from attar.tasks.base import tasks
+from attar.tasks.intervals import metric_interval
 
 
 def run(

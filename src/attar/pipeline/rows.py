@@ -17,16 +17,11 @@ import torch
 
 from attar.data.base import Data, Split
 from attar.measure.cost import macs, nonzero, parameters
-from attar.measure.intervals import (
-    Interval,
-    bootstrap_interval,
-    paired_bootstrap_drop,
-    paired_share_drop,
-    share_interval,
-)
+from attar.measure.intervals import Interval
 from attar.measure.latency import time_interleaved
 from attar.student import Student, save_student
 from attar.tasks.base import Task
+from attar.tasks.intervals import metric_drop, metric_interval
 from attar.training.evaluation import outputs_of
 
 SPLITS = ("validation", "test")
@@ -175,24 +170,6 @@ def reference_outputs(
                 break
     joined = tuple(np.concatenate([i[k] for i in inputs])[:count] for k in range(len(inputs[0])))
     return joined, np.concatenate(outputs)[:count]
-
-
-def metric_interval(task: Task, statistics: np.ndarray) -> Interval:
-    """The metric of these examples with its 95 % interval."""
-    hits = task.hits(statistics)
-    if hits is not None:
-        return share_interval(hits)
-    return bootstrap_interval(task.value, statistics)
-
-
-def metric_drop(task: Task, before: np.ndarray, after: np.ndarray) -> Interval:
-    """How much worse the metric became on the same examples, with its 95 % interval."""
-    hits = task.hits(before), task.hits(after)
-    if hits[0] is not None and hits[1] is not None:
-        return paired_share_drop(hits[0], hits[1])
-    return paired_bootstrap_drop(
-        task.value, before, after, higher_is_better=task.metric.higher_is_better
-    )
 
 
 def as_record(row: Row, teacher: Row, task: Task, path: str) -> dict[str, Any]:

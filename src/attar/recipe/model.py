@@ -215,6 +215,21 @@ class Recipe(Part):
             _check_order(self.stages, after=self.teacher.prepare)
         return self
 
+    @model_validator(mode="after")
+    def _labels_where_needed(self) -> Recipe:
+        from attar.distill.criterion import require_no_labels
+        from attar.stages.distill import Distill
+
+        for stage in (*self.teacher.prepare, *self.stages):
+            if self.data.unlabelled is None or not isinstance(stage, Distill):
+                continue
+            names = [name for one in stage.criteria for name in one]
+            try:  # without a person's own files, which may not have been allowed to run yet
+                require_no_labels(name for name in names if not is_reference(name))
+            except UsageError as error:
+                raise ValueError(f"distill: {error}") from None
+        return self
+
 
 def _check_order(chain: list[Stage], after: Sequence[Stage] = ()) -> None:
     for place, stage in enumerate(chain):

@@ -17,7 +17,7 @@ from attar.registry import near
 Place = tuple[str | int, ...]
 """Where in a recipe: keys and places in lists, such as `("stages", 1, "prune", "ratio")`."""
 
-PATH_KEYS = {"root", "path", "checkpoint"}
+PATH_KEYS = {"root", "path", "unlabelled", "checkpoint", "answers", "folder"}
 VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 OWN_PART = re.compile(r"(?P<file>.+\.py):(?P<name>\w+)")
 

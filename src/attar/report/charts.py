@@ -1,4 +1,4 @@
-"""Pictures as SVG that takes its colours and type from the page, so that they fit both themes."""
+"""The report's pictures: rows as points (what each costs), and training curves."""
 
 from __future__ import annotations
 
@@ -6,10 +6,22 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
-TEXT = 6.4
-"""A character's mean width at the charts' 11.5 px type."""
+from attar.report.drawing import (
+    TEXT,
+    Axis,
+    Box,
+    circle,
+    log_ticks,
+    named_axes,
+    segment,
+    svg,
+    text,
+    x_ticks,
+    y_ticks,
+)
+
 LINE = 14
 
 
@@ -29,50 +41,6 @@ class Point:
     high: float | None = None
     x_high: float | None = None
     tip: str = ""
-
-
-@dataclass(frozen=True)
-class Box:
-    """A rectangle on the page, in px."""
-
-    left: float
-    top: float
-    right: float
-    bottom: float
-
-    def overlap(self, other: Box) -> float:
-        width = min(self.right, other.right) - max(self.left, other.left)
-        height = min(self.bottom, other.bottom) - max(self.top, other.top)
-        return max(0.0, width) * max(0.0, height)
-
-    def outside(self, frame: Box) -> float:
-        """How much of it, in px, sticks out of `frame`."""
-        over = (
-            frame.left - self.left,
-            self.right - frame.right,
-            frame.top - self.top,
-            self.bottom - frame.bottom,
-        )
-        return sum(max(0.0, o) for o in over)
-
-
-@dataclass(frozen=True)
-class Axis:
-    """Values to pixels, linear or logarithmic."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-    log: bool = False
-
-    def __call__(self, value: float) -> float:
-        low, high, value = (
-            (math.log(v) for v in (self.low, self.high, value))
-            if self.log
-            else (self.low, self.high, value)
-        )
-        return self.start + (value - low) / (high - low) * (self.end - self.start)
 
 
 def scatter(
@@ -103,13 +71,13 @@ def scatter(
     places = [(x(p.x), y(max(p.y, floor))) for p in points]
     labels = [p.label + ("" if p.y >= floor else f" ↓ {show_y(p.y)}") for p in points]
     marks = [_mark(p, place, x, y, floor) for p, place in zip(points, places, strict=True)]
-    return _svg(
+    return svg(
         width,
         height,
         title,
         [
             _grid(x, y, frame, show_x, show_y),
-            _named_axes(frame, x_label, y_label, height),
+            named_axes(frame, x_label, y_label, height),
             _limit_line(limit, x, frame),
             *marks,
             *_labelled(points, labels, places, frame),
@@ -135,15 +103,15 @@ def curve(
     first, last = min(epochs), max(epochs)
     x = Axis(first, last if last > first else first + 1, frame.left, frame.right)
     y = Axis(min(values) - pad, max(values) + pad, frame.bottom, frame.top)
-    parts = [_y_ticks(y, frame, show_y, 3), _epoch_ticks(x, frame, first, last)]
+    parts = [y_ticks(y, frame, show_y, 3), _epoch_ticks(x, frame, first, last)]
     for name, line in series:
         if len(line) == 1:
-            parts.append(_circle(x(line[0][0]), y(line[0][1]), 2.5, f"dot {name}"))
+            parts.append(circle(x(line[0][0]), y(line[0][1]), 2.5, f"dot {name}"))
         path = " ".join(f"{x(e):.1f},{y(v):.1f}" for e, v in line)
         parts.append(Markup('<polyline class="line {}" points="{}"/>').format(name, path))
     if best is not None:
-        parts.append(_circle(x(best[0]), y(best[1]), 3.5, "dot best"))
-    return _svg(width, height, title, parts)
+        parts.append(circle(x(best[0]), y(best[1]), 3.5, "dot best"))
+    return svg(width, height, title, parts)
 
 
 def _floor(points: Sequence[Point]) -> float:
@@ -158,75 +126,38 @@ def _floor(points: Sequence[Point]) -> float:
     return min(inside) - 0.5 * spread if len(inside) < len(values) else -math.inf
 
 
-def _svg(width: int, height: int, title: str, parts: Sequence[Markup]) -> Markup:
-    head = '<svg viewBox="0 0 {} {}" role="img" aria-label="{}">'
-    return Markup(head).format(width, height, title) + Markup("").join(parts) + Markup("</svg>")
-
-
-def _text(x: float, y: float, text: str, kind: str, anchor: str = "start") -> Markup:
-    return Markup('<text x="{}" y="{}" class="{}" text-anchor="{}">{}</text>').format(
-        f"{x:.1f}", f"{y:.1f}", kind, anchor, text
-    )
-
-
-def _segment(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
-    form = '<line x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}" class="{}"/>'
-    return Markup(form.format(x1, y1, x2, y2, escape(kind)))
-
-
-def _circle(x: float, y: float, radius: float, kind: str) -> Markup:
-    form = '<circle cx="{:.1f}" cy="{:.1f}" r="{}" class="{}"/>'
-    return Markup(form.format(x, y, radius, escape(kind)))
-
-
 def _grid(
     x: Axis, y: Axis, frame: Box, show_x: Callable[[float], str], show_y: Callable[[float], str]
 ) -> Markup:
-    parts = [_y_ticks(y, frame, show_y, 5)]
-    for tick in _log_ticks(x.low, x.high, int((frame.right - frame.left) / 62)):
-        parts.append(_segment(x(tick), frame.top, x(tick), frame.bottom, "grid"))
-        parts.append(_text(x(tick), frame.bottom + 16, show_x(tick), "tick", "middle"))
-    return Markup("").join(parts)
-
-
-def _y_ticks(y: Axis, frame: Box, show: Callable[[float], str], count: int) -> Markup:
-    parts = []
-    for tick in _linear_ticks(y.low, y.high, count):
-        parts.append(_segment(frame.left, y(tick), frame.right, y(tick), "grid"))
-        parts.append(_text(frame.left - 7, y(tick) + 4, show(tick), "tick", "end"))
-    return Markup("").join(parts)
+    ticks = log_ticks(x.low, x.high, int((frame.right - frame.left) / 62))
+    return y_ticks(y, frame, show_y, 5) + x_ticks(x, frame, show_x, ticks)
 
 
 def _epoch_ticks(x: Axis, frame: Box, first: float, last: float) -> Markup:
     ends = [(first, "start" if last > first else "middle"), (last, "end")]
     shown = ends if last > first else [(first, "start")]
     return Markup("").join(
-        _text(x(epoch), frame.bottom + 15, f"{epoch:g}", "tick", anchor) for epoch, anchor in shown
+        text(x(epoch), frame.bottom + 15, f"{epoch:g}", "tick", anchor) for epoch, anchor in shown
     )
-
-
-def _named_axes(frame: Box, x_label: str, y_label: str, height: int) -> Markup:
-    middle = (frame.left + frame.right) / 2
-    return _text(4, 14, y_label, "axis") + _text(middle, height - 8, x_label, "axis", "middle")
 
 
 def _limit_line(limit: float | None, x: Axis, frame: Box) -> Markup:
     if limit is None:
         return Markup("")
-    line = _segment(x(limit), frame.top, x(limit), frame.bottom, "limit")
+    line = segment(x(limit), frame.top, x(limit), frame.bottom, "limit")
     left = x(limit) > (frame.left + frame.right) / 2
     place = x(limit) + (-5 if left else 5)
-    return line + _text(place, frame.top + 10, "budget", "limit-text", "end" if left else "start")
+    return line + text(place, frame.top + 10, "budget", "limit-text", "end" if left else "start")
 
 
 def _mark(point: Point, place: tuple[float, float], x: Axis, y: Axis, floor: float) -> Markup:
     px, py = place
     parts = []
     if point.y >= floor and point.low is not None and point.high is not None:
-        parts.append(_segment(px, y(max(point.low, y.low)), px, y(point.high), "bar"))
+        parts.append(segment(px, y(max(point.low, y.low)), px, y(point.high), "bar"))
     if point.x_high is not None:
-        parts.append(_segment(px, py, x(point.x_high), py, "bar"))
-    parts.append(_circle(px, py, 6.5 if point.role == "final" else 5, f"point {point.role}"))
+        parts.append(segment(px, py, x(point.x_high), py, "bar"))
+    parts.append(circle(px, py, 6.5 if point.role == "final" else 5, f"point {point.role}"))
     tip = Markup("<title>{}</title>").format(point.tip or point.label)
     return (
         Markup('<g class="mark {}">').format(point.role)
@@ -262,8 +193,8 @@ def _labelled(
         if abs((box.top + box.bottom) / 2 - py) > 22:
             edge = box.top if box.top > py else box.bottom
             near = min(max(px, box.left), box.right)
-            drawn.append(_segment(px, py, near, edge, "lead"))
-        drawn.append(_text(middle, box.bottom - 3, labels[i], f"label {points[i].role}", "middle"))
+            drawn.append(segment(px, py, near, edge, "lead"))
+        drawn.append(text(middle, box.bottom - 3, labels[i], f"label {points[i].role}", "middle"))
     return drawn
 
 
@@ -277,20 +208,3 @@ def _candidates(px: float, py: float, width: float) -> list[Box]:
             top = py + dy - LINE / 2
             boxes.append(Box(left, top, left + width, top + LINE))
     return boxes
-
-
-def _linear_ticks(low: float, high: float, count: int) -> list[float]:
-    rough = (high - low) / max(count, 1)
-    power = 10 ** math.floor(math.log10(rough))
-    step = next(s * power for s in (1, 2, 2.5, 5, 10) if s * power >= rough * 0.999)
-    first = math.ceil(low / step)
-    return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def _log_ticks(low: float, high: float, most: int) -> list[float]:
-    for steps in ((1, 2, 5), (1, 3), (1,)):
-        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        ticks = [s * 10.0**p for p in powers for s in steps if low <= s * 10.0**p <= high]
-        if len(ticks) <= most:
-            break
-    return ticks[:: max(1, math.ceil(len(ticks) / most))]

@@ -46,13 +46,17 @@ def _training(
         said.append(f"best {numbers.metric(mark[1], unit)} in epoch {mark[0]}")
     title = " · ".join(dict.fromkeys(part for part in (stage, label) if part))
     name = str((epochs[-1].get("metric") or {}).get("name", "metric"))
-    terms = _terms(epochs)
-    lines = [(f"term t{i % 4}", line) for i, (_, line) in enumerate(terms)]
+    terms = _terms(epochs, "terms")
+    colours = {term: f"term t{i % 4}" for i, (term, _) in enumerate(terms)}
+    lines = [(colours[term], line) for term, line in terms]
+    gradients = [(colours.get(term, "total"), line) for term, line in _terms(epochs, "gradients")]
     return {
         "title": title,
         "said": "; ".join(said),
         "terms": [term for term, _ in terms],
         "loss": curve([*lines, ("total", losses)], title=f"{title}: loss", show_y="{:.3g}".format),
+        "gradients": gradients
+        and curve(gradients, title=f"{title}: gradients", show_y="{:.2g}".format),
         "metric_name": name,
         "metric": values
         and curve(
@@ -70,16 +74,14 @@ def _length(epochs: list[dict[str, Any]]) -> str:
     return f"{text}, {numbers.seconds(taken)}" if taken else text
 
 
-def _terms(
-    epochs: list[dict[str, Any]],
-) -> list[tuple[str, list[tuple[float, float]]]]:
-    """The loss's terms over the epochs, where there are several."""
-    names = list((epochs[-1].get("terms") or {}).keys())
+def _terms(epochs: list[dict[str, Any]], key: str) -> list[tuple[str, list[tuple[float, float]]]]:
+    """A figure of the loss's terms over the epochs, where there are several terms."""
+    names = list((epochs[-1].get(key) or {}).keys())
     if len(names) < 2:
         return []
     lines = []
     for name in names:
-        values = [(e["epoch"], (e.get("terms") or {}).get(name)) for e in epochs]
+        values = [(e["epoch"], (e.get(key) or {}).get(name)) for e in epochs]
         line = [(e, v) for e, v in values if numbers.known(v)]
         if line:
             lines.append((str(name), line))

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from attar.report import numbers
+from attar.report.diagnosis import is_diagnosis
 from attar.report.record import RunRecord
 from attar.report.verdict import unit_of
 
@@ -19,7 +20,10 @@ def adjusted(run: RunRecord) -> list[dict[str, Any]]:
             continue
         tried = values.get("tried")
         trials = _trials(tried, run) if isinstance(tried, list) else None
-        rest = {k: _said(k, v) for k, v in values.items() if not (k == "tried" and trials)}
+        shown_apart = {k for k, v in values.items() if is_diagnosis(v) or (k == "tried" and trials)}
+        rest = {k: _said(k, v) for k, v in values.items() if k not in shown_apart}
+        if not (rest or trials):
+            continue
         number, _, stage = str(place).partition("-")
         title = stage if number.isdigit() and stage else str(place)
         sections.append({"title": title, "trials": trials, "values": shown(rest)})

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from attar.report import curves, found, sections, verdict
+from attar.report import curves, diagnosis, found, sections, verdict
 from attar.report.record import RunRecord, read_run
 from attar.store import write_whole
 
@@ -31,6 +31,8 @@ def write_report(run_folder: Path) -> Path:
 def render_run(run: RunRecord) -> str:
     """The page's HTML."""
     environment = run.ledger.get("environment") or {}
+    diagnoses = diagnosis.diagnoses(run)
+    said_there = diagnosis.told(diagnoses)
     return render(
         "report.html.j2",
         title=run.name,
@@ -49,10 +51,11 @@ def render_run(run: RunRecord) -> str:
         pictures=sections.pictures(run),
         classes=sections.classes(run),
         wrong=sections.wrong(run),
+        diagnoses=diagnoses,
         adjusted=found.adjusted(run),
         trainings=curves.trainings(run),
         operators=found.shown(run.details.get("operators") or {}),
-        notes=sections.notes(run),
+        notes=[note for note in sections.notes(run) if note not in said_there],
         environment=found.shown(environment),
         place=_place(run.folder),
         has_bundle=(run.folder / "bundle").is_dir(),

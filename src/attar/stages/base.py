@@ -21,6 +21,7 @@ from attar.training.config import Training
 from attar.training.objective import Objective
 
 if TYPE_CHECKING:
+    from attar.distill.answers import Storing
     from attar.distill.signal import Source
 
 stages: Registry[type[Stage]] = Registry("stage", "attar.stages")
@@ -40,6 +41,7 @@ class Context:
     baseline: the teacher's validation metric, what a drop is counted from.
     found: filled by the stage: JSON values worth keeping (plans, what was tried); kept with the
         result and shown in the report.
+    histories: filled by `train`: each training's records, one an epoch, by its label.
     """
 
     task: Task
@@ -55,6 +57,7 @@ class Context:
     max_drop: float | None = None
     baseline: float | None = None
     found: dict[str, Any] = field(default_factory=dict)
+    histories: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     def at(self, name: str) -> Context:
         """The same context with a folder `name` inside this one's, for a part of a stage."""
@@ -84,7 +87,7 @@ class Context:
             objective = recovery_objective(self.task, source, training)
             return run.train(student, training, objective, label=label, on_epoch=on_epoch)
         before, after = student.hooks()
-        train(
+        self.histories[label] = train(
             student.module,
             data=self.data,
             task=self.task,
@@ -108,6 +111,7 @@ class Context:
         *,
         layers: Sequence[str] = (),
         views: int | None = None,
+        storing: Storing | None = None,
     ) -> tuple[Source, Context]:
         """The source of a teacher's signals for the training called `label`, and this context with
         the data that the training then goes through (see `attar.distill.teaching`)."""
@@ -123,6 +127,7 @@ class Context:
             store=self.store or Store(self.work / "store"),
             layers=layers,
             views=views,
+            storing=storing,
             tell=self.tell,
         )
         return source, replace(self, data=data)

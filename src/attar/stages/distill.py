@@ -3,30 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from torch import nn
 
 from attar.data.base import Data
-from attar.distill.criterion import Criterion, criterion_class, written
+from attar.distill.answers import Storing
+from attar.distill.classes import require_distinct, share_classes
+from attar.distill.criterion import Criterion, criterion_class, require_no_labels, written
+from attar.distill.diagnosis import diagnosis, measure
 from attar.distill.objective import DistillObjective
 from attar.distill.pairing import pair_layers, with_pairs
-from attar.distill.pairs import Pair
+from attar.distill.pairs import LayerCriterion, Pair
+from attar.distill.signal import Source
+from attar.distill.table import Table
+from attar.distill.teacher import Teacher
+from attar.distill.transfer import Transfer, said, transferred, with_unlabelled
 from attar.errors import UsageError
 from attar.files import is_reference, locate
 from attar.models import build, load_checkpoint, resolve
 from attar.stages.base import Context, Stage, stages
 from attar.student import Student
+from attar.tasks.base import Task
 from attar.training.config import Training
 from attar.training.evaluation import device_of, to_device
+from attar.training.objective import TaskObjective
 
 LABEL = "distill"
-BESIDE_ANSWERS = 0.1
-"""What the task's own loss weighs beside criteria that teach the answers too (Hinton et al. 2015:
-"a considerably lower weight" on the labels); beside others it weighs 1."""
+ALONE = "alone"
+"""What the training without a teacher is called, where it is made for comparison."""
+NOTHING_TO_DIAGNOSE = (
+    "distill: `diagnose` tells whether a teacher helped, and without criteria none was asked"
+)
 PAIRED_BY = 256
 """Examples by which layers are paired, spread over the training split."""
 PAIRED_AT_ONCE = 64
@@ -36,27 +49,62 @@ Written = Annotated[dict[str, dict[str, Any]], BeforeValidator(written)]
 
 
 class Mentor(BaseModel):
-    """A network to learn from that is not the recipe's teacher: a model's name, its arguments, and
-    where its weights are (`checkpoint`, unless the library brings them)."""
+    """What to learn from instead of the recipe's teacher: another network (a model's name, its
+    arguments, and where its weights are, unless the library brings them), or a table of soft
+    labels (`answers`, a file; see `attar.distill.table`).
+
+    classes: which of the network's outputs belong to the data's classes, in their order; the others
+    are left out. The network then keeps its own number of classes (`arguments` say how many where
+    that isn't its default)."""
 
     model_config = ConfigDict(extra="forbid")
 
-    model: str
+    model: str | None = None
     arguments: dict[str, Any] = Field(default_factory=dict)
     checkpoint: str | None = None
+    answers: str | None = None
+    classes: Annotated[list[int], Field(min_length=1)] | None = None
 
-    def load(self, data: Data) -> nn.Module:
-        """The network with its weights. Raises the `AttarError` of what is missing or wrong."""
+    @field_validator("classes")
+    @classmethod
+    def _distinct(cls, classes: list[int] | None) -> list[int] | None:
+        try:
+            require_distinct(classes or [])
+        except UsageError as error:
+            raise ValueError(str(error)) from None
+        return classes
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Mentor:
+        if (self.model is None) == (self.answers is None):
+            raise ValueError("a teacher is either a `model` or a file of `answers`")
+        if self.answers is not None and (self.checkpoint or self.arguments or self.classes):
+            raise ValueError(
+                "`checkpoint`, `arguments` and `classes` belong to a `model`, not to `answers`"
+            )
+        return self
+
+    def load(self, data: Data, task: Task) -> nn.Module:
+        """The network with its weights, answering with the data's classes where `classes` say which
+        these are. Raises the `AttarError` of what is missing or wrong."""
+        assert self.model is not None
+        if self.classes is not None and len(self.classes) != len(data.classes):
+            raise UsageError(
+                f"distill: the teacher's `classes` name {len(self.classes):,} of its outputs and "
+                f"the data have {len(data.classes):,} classes: name one for each, in their order"
+            )
         spec = resolve(
             self.model,
             self.arguments,
             channels=data.shape[0] if data.shape else None,
-            classes=len(data.classes) or None,
+            classes=(len(data.classes) or None) if self.classes is None else None,
             shape=data.shape,
         )
         module = build(spec, pretrained=self.checkpoint is None)
         if self.checkpoint is not None:
             load_checkpoint(module, self.checkpoint)
+        if self.classes is not None:
+            share_classes(module, self.classes, task, task.example(data))
         return module.eval()
 
 
@@ -89,24 +137,66 @@ class Distill(Stage, Training):
     epochs then go through these views in turn, at the student's cost alone. Default: a live teacher
     and new augmentations every epoch; one view where examples aren't augmented."""
 
+    transfer: Transfer | None = None
+    """Which of the training examples it learns from; default: all."""
+
+    store: Storing | None = None
+    """How those answers are kept, and where."""
+
+    diagnose: bool = False
+    """Train the same student without the teacher as well, from the same initial weights through the
+    same batches, and say whether the teacher helped and what may be why not."""
+
+    @model_validator(mode="after")
+    def _answers_suffice(self) -> Distill:
+        """A table holds answers alone: whatever else is asked of it is refused before a run."""
+        if self.teacher is None or self.teacher.answers is None:
+            return self
+        for one in self.criteria:
+            ((name, settings),) = one.items()
+            if settings.get("layers"):
+                raise ValueError(
+                    f"{name} compares inner layers, and the teacher is a table of answers, which "
+                    "has none: use criteria on responses, or name a network"
+                )
+        if self.views is not None or self.store is not None:
+            raise ValueError(
+                "`views` and `store` keep a network's answers, and the teacher is a table of them "
+                "already: leave them out"
+            )
+        return self
+
     @property
     def files(self) -> list[Path]:
         names = [name for one in self.criteria for name in one]
         found = []
         if self.teacher is not None:
-            names.append(self.teacher.model)
-            found += [Path(self.teacher.checkpoint)] if self.teacher.checkpoint else []
+            names += [self.teacher.model] if self.teacher.model else []
+            held = (self.teacher.checkpoint, self.teacher.answers)
+            found += [Path(path) for path in held if path]
         return found + [locate(name)[0] for name in names if is_reference(name)]
 
     def apply(self, student: Student, run: Context) -> Student:
-        mentor = self.teacher.load(run.data) if self.teacher is not None else run.teacher
-        if mentor is None and self.criteria:
+        with ExitStack() as changes:
+            return self._taught(student, run, changes)
+
+    def _taught(self, student: Student, run: Context, changes: ExitStack) -> Student:
+        table = self.teacher.answers if self.teacher is not None else None
+        mentor = self._mentor(run) if table is None else None
+        if mentor is None and table is None and self.criteria:
             raise UsageError("distill needs a teacher, and this recipe gives it none here")
+        run = self._transferred(mentor, run)
         criteria = self._built(self._pairs(student.module, mentor, run))
+        untaught = student.copy() if self.diagnose and criteria else None
+        self._change(student, mentor, criteria, run, changes)
         layers = [path for one in criteria.values() for path in one.teacher_layers]
         training = self._training()
         asked = mentor if any(one.asks_teacher for one in criteria.values()) else None
-        source, run = run.taught(asked, training, LABEL, layers=layers, views=self.views)
+        source, run = run.taught(
+            asked, training, LABEL, layers=layers, views=self.views, storing=self.store
+        )
+        if table is not None:
+            source = Table(Path(table), run.data)
         objective = DistillObjective(
             run.task,
             source,
@@ -121,11 +211,73 @@ class Distill(Stage, Training):
             objective.prepare(student.module, shown, examples=len(run.data.train))
         trained = run.train(student, training, objective, label=LABEL)
         run.found["teacher"] = dict(source.choice)
+        if criteria:
+            alone = self._alone(untaught, run) if untaught is not None else None
+            anew = source if asked is None else Teacher(asked, run.task)
+            run.found["diagnosis"] = self._diagnosis(trained, alone, anew, criteria, run)
+        elif self.diagnose:
+            run.tell({"event": "note", "text": NOTHING_TO_DIAGNOSE})
         return trained
+
+    def asked(self, student: nn.Module, run: Context) -> Teacher | None:
+        """The live teacher with the inner layers that its answers would be kept of; `None` where no
+        network is asked."""
+        table = self.teacher is not None and self.teacher.answers is not None
+        mentor = None if table else self._mentor(run)
+        criteria = self._built(self._pairs(student, mentor, run)).values()
+        if mentor is None or not any(one.asks_teacher for one in criteria):
+            return None
+        layers = [path for one in criteria for path in one.teacher_layers]
+        return Teacher(mentor, run.task, layers=layers)
+
+    def examples(self, data: Data) -> int:
+        """How many of the training examples it learns from, before duplicates are left out."""
+        total = len(data.train)
+        if self.transfer is None:
+            return total
+        return self.transfer.count or round((self.transfer.fraction or 1) * total)
+
+    def _mentor(self, run: Context) -> nn.Module | None:
+        """The network that teaches."""
+        return self.teacher.load(run.data, run.task) if self.teacher is not None else run.teacher
+
+    def _change(
+        self,
+        student: Student,
+        mentor: nn.Module | None,
+        criteria: dict[str, Criterion],
+        run: Context,
+        changes: ExitStack,
+    ) -> None:
+        """Lets the criteria change the student, until the stage ends."""
+        example = run.task.example(run.data)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(run.seed)  # the initial weights of what they add
+            for criterion in criteria.values():
+                changes.enter_context(criterion.changing(student, mentor, example))
+
+    def _transferred(self, mentor: nn.Module | None, run: Context) -> Context:
+        """The context with the training split that this stage learns from: the part of it that was
+        chosen, and the unlabelled examples where a criterion makes something of them."""
+        data = run.data
+        if self.transfer is not None:
+            data, found = transferred(self.transfer, data, mentor, run.task, run.seed)
+            run.tell({"event": "note", "text": said(found)})
+            run.found["transfer"] = found
+        if data.unlabelled is not None and self.criteria:
+            require_no_labels(name for one in self.criteria for name in one)
+            run.found["unlabelled"] = len(data.unlabelled)
+            data = with_unlabelled(data)
+        return replace(run, data=data)
 
     def _pairs(self, student: nn.Module, mentor: nn.Module | None, run: Context) -> list[Pair]:
         """The pairs for the criteria that leave them open (`layers: auto`)."""
-        given = [settings.get("layers") for each in self.criteria for settings in each.values()]
+        given = [
+            settings.get("layers")
+            for each in self.criteria
+            for name, settings in each.items()
+            if issubclass(criterion_class(name), LayerCriterion)
+        ]
         if mentor is None or "auto" not in given:
             return []
         split, several = run.data.train, -(-min(PAIRED_BY, len(run.data.train)) // PAIRED_AT_ONCE)
@@ -151,11 +303,47 @@ class Distill(Stage, Training):
             built[f"{short} {count + 1}" if count else short] = made
         return built
 
+    def _alone(self, untaught: Student, run: Context) -> Student:
+        """The student as it would be without a teacher: trained on the task through the same
+        batches, since these depend on the label, with a checkpoint of its own."""
+
+        def tell(event: dict[str, Any]) -> None:
+            run.tell({**event, "label": ALONE} if event.get("label") == LABEL else event)
+
+        objective = TaskObjective(run.task, self.label_smoothing)
+        apart = replace(run.at(ALONE), tell=tell, histories={})
+        return apart.train(untaught, self._training(), objective, label=LABEL)
+
+    def _diagnosis(
+        self,
+        trained: Student,
+        alone: Student | None,
+        teacher: Source,
+        criteria: dict[str, Criterion],
+        run: Context,
+    ) -> dict[str, Any]:
+        """What was seen of this distillation, as JSON. teacher: who answers to examples that aren't
+        augmented: a network or a table; of anything else nothing is asked."""
+        measured = measure(
+            trained.module,
+            task=run.task,
+            data=run.data,
+            teacher=teacher if isinstance(teacher, Teacher | Table) else None,
+            knows_validation=not isinstance(teacher, Table),
+            criteria=criteria,
+            task_weight=self._task_weight(criteria),
+            history=run.histories[LABEL],
+            alone=alone.module if alone is not None else None,
+        )
+        found = diagnosis(measured)
+        for one in found["findings"] if self.diagnose else []:
+            run.tell({"event": "note", "text": f"{one['says']} {one['try']}".strip()})
+        return found
+
     def _task_weight(self, criteria: dict[str, Criterion]) -> float:
         if self.task_weight is not None:
             return self.task_weight
-        teaches = any(one.teaches_answers for one in criteria.values())
-        return BESIDE_ANSWERS if teaches else 1.0
+        return min((one.beside_task for one in criteria.values()), default=1.0)
 
     def _training(self) -> Training:
         return Training(**{name: getattr(self, name) for name in Training.model_fields})

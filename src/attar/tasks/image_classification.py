@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from attar.data.base import Batch, Data, Split
+from attar.data.base import UNLABELLED, Batch, Data, Split, mean_of_labelled
 from attar.data.images import Frame, framed, open_image
 from attar.errors import DataError
 from attar.tasks.base import Metric, Task, Verdicts, tasks
@@ -43,8 +43,16 @@ class ImageClassification(Task):
         return (batch.inputs,), {}
 
     def loss(self, output: Any, batch: Batch, *, label_smoothing: float = 0.0) -> Tensor:
-        """Cross-entropy."""
-        return F.cross_entropy(self.logits(output), _labels(batch), label_smoothing=label_smoothing)
+        """Cross-entropy, the mean over the examples that have a label; 0 where none has."""
+        logits, targets = self.logits(output), _labels(batch)
+        losses = F.cross_entropy(
+            logits,
+            targets,
+            ignore_index=UNLABELLED,
+            label_smoothing=label_smoothing,
+            reduction="none",
+        )
+        return mean_of_labelled(losses, targets)
 
     def logits(self, output: Any) -> Tensor:
         """(N, classes)."""

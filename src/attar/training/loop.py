@@ -22,6 +22,7 @@ from attar.tasks.base import Task
 from attar.training.checkpoint import load_checkpoint_state, save_checkpoint
 from attar.training.config import Optimizer, Training
 from attar.training.evaluation import statistics_of, to_device
+from attar.training.gradients import term_norms
 from attar.training.objective import Objective
 from attar.training.precision import autocast
 from attar.training.schedules import rate_factor
@@ -62,6 +63,8 @@ def train(
 
     Each epoch's order, augmentation and dropout depend on (seed, label, epoch) alone, so a training
     that is killed and resumed from `checkpoint` ends with the same weights as an undisturbed one.
+    Where the loss has several terms, an epoch's record has the norm of each one's gradient too, at
+    one step in its middle (`gradients`).
 
     before_step, after_step: called with the module around every optimizer step, with gradients
         computed; they keep a student's constraints. on_epoch: called before each epoch.
@@ -80,8 +83,8 @@ def train(
             on_epoch(module, epoch)
         started = time.perf_counter()
         objective.start_epoch(epoch, training.epochs)
-        terms = run.one_epoch(epoch, before_step, after_step, tell)
-        run.finish_epoch(epoch, terms, time.perf_counter() - started, after_step, tell)
+        terms, norms = run.one_epoch(epoch, before_step, after_step, tell)
+        run.finish_epoch(epoch, terms, norms, time.perf_counter() - started, after_step, tell)
         if checkpoint is not None and run.accelerator.is_main_process:
             save_checkpoint(run.state(), checkpoint)
     return run.hand_back()
@@ -137,17 +140,20 @@ class _Run:
 
     def one_epoch(
         self, epoch: int, before: Hook | None, after: Hook | None, tell: Listener
-    ) -> dict[str, float]:
-        """One pass; the mean of every loss term. Losses are read only when shown: reading one
-        waits for the device."""
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """One pass; the mean of every loss term, and the norms of their gradients in its middle.
+        Neither is read before it is shown: reading waits for the device."""
         self.step.train()
         totals: dict[str, Tensor] = {}
+        norms: dict[str, Tensor] = {}
         count, told = 0, time.perf_counter()
         for index, batch in enumerate(self.batches(epoch)):
             self._set_rate(epoch + min(1.0, (index + 0.5) / self.steps))
             with autocast(self.training.precision, self.accelerator.device):
                 terms = self.step(batch)
                 loss = torch.stack(tuple(terms.values())).sum()
+            if index == self.steps // 2 and self._looks_at_gradients(terms):
+                norms = term_norms(terms, [p for p in self.module.parameters() if p.requires_grad])
             self.accelerator.backward(loss)
             if before is not None:
                 before(self.module)
@@ -170,12 +176,13 @@ class _Run:
         everyone = self.accelerator.reduce(totals, reduction="mean")
         means = {name: float(total) / count for name, total in everyone.items()}
         self._require_finite(sum(means.values()), epoch)
-        return means
+        return means, {name: float(norm) for name, norm in norms.items()}
 
     def finish_epoch(
         self,
         epoch: int,
         terms: dict[str, float],
+        norms: dict[str, float],
         seconds: float,
         after: Hook | None,
         tell: Listener,
@@ -206,6 +213,9 @@ class _Run:
             "seconds": round(seconds, 3),
             "best": better,
         }
+        if norms:
+            finite = {name: n if math.isfinite(n) else None for name, n in norms.items()}
+            record["gradients"] = finite
         self.history.append(record)
         tell({"event": "epoch", "eta_s": round(remaining, 1), **record})
 
@@ -262,6 +272,10 @@ class _Run:
         if self.accelerator.num_processes > 1:
             for buffer in self.candidate.buffers():
                 broadcast(buffer)
+
+    def _looks_at_gradients(self, terms: dict[str, Tensor]) -> bool:
+        """Whether there is something to compare, and no other process to keep in step with."""
+        return len(terms) > 1 and self.accelerator.num_processes == 1
 
     def _set_rate(self, epochs_done: float) -> None:
         progress = epochs_done / self.training.epochs

@@ -38,7 +38,7 @@ class Folder(Source):
         splits = _split_folders(root)
         classes = _class_names(splits["train"])
         found = {split: _files(folder, classes) for split, folder in splits.items()}
-        parts = {split: _read(files, splits[split], config) for split, files in found.items()}
+        parts = {split: read_files(files, splits[split], config) for split, files in found.items()}
         return Parts.of(root.resolve().name, tuple(classes), parts)
 
 
@@ -68,14 +68,15 @@ def _files(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
         raise DataError(f"{folder} has a class {min(unknown)!r} that the training images lack")
     files = []
     for label, name in enumerate(classes):
-        own = _images_under(folder / name)
+        own = images_under(folder / name)
         if not own:
             raise DataError(f"the class {name!r} is empty: {folder / name} has no images")
         files += [(path, label) for path in own]
     return files
 
 
-def _images_under(folder: Path) -> list[Path]:
+def images_under(folder: Path) -> list[Path]:
+    """All image files in a folder, at any depth, in a fixed order."""
     return sorted(
         Path(at) / name
         for at, _, names in os.walk(folder)
@@ -84,7 +85,9 @@ def _images_under(folder: Path) -> list[Path]:
     )
 
 
-def _read(files: list[tuple[Path, int]], folder: Path, config: DataConfig) -> Examples:
+def read_files(files: list[tuple[Path, int]], folder: Path, config: DataConfig) -> Examples:
+    """The decoded images of files under `folder`, each with its label."""
+
     def items() -> Iterator[Encoded]:
         for path, label in files:
             yield Encoded(str(path), partial(_open, path, label))

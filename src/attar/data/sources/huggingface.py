@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from attar.data.base import UNLABELLED
 from attar.data.config import DataConfig
 from attar.data.decoding import Encoded, decoded, file_stamp
 from attar.data.images import open_image
@@ -71,7 +72,7 @@ class HuggingFace(Source):
 
 
 def _parts(name: str, tables: dict[str, Table], config: DataConfig) -> Parts:
-    image, label = _columns(tables["train"], config)
+    image, label = (find(tables["train"], config) for find in (_image_column, _label_column))
     raw = {split: _column(table, label) for split, table in tables.items()}
     labels, classes = numbered(np.concatenate(list(raw.values())), f"column {label!r} of {name}")
     classes = _class_names(tables["train"].schema, label) or classes
@@ -108,23 +109,33 @@ def _open(value: pa.Scalar, name: str, label: int) -> tuple[Image.Image, int]:
     return open_image(content, name), label
 
 
-def _columns(table: Table, config: DataConfig) -> tuple[str, str]:
-    """The image's and the label's column: as given, as the schema says, or by a usual name."""
-    given = config.columns
+def images_of_rows(path: Path, config: DataConfig) -> np.ndarray:
+    """The images of a Parquet file, or of all in a folder, whatever splits they belong to."""
+    table = _table(_parquet_files(path), path if path.is_dir() else path.parent)
+    labels = np.full(table.rows, UNLABELLED, np.int64)
+    return _read(table, _image_column(table, config), labels, config).images
+
+
+def _image_column(table: Table, config: DataConfig) -> str:
+    given = config.columns.image if config.columns else None
+    return _column_of("image", given, "Image", ("image", "img"), table)
+
+
+def _label_column(table: Table, config: DataConfig) -> str:
+    given = config.columns.label if config.columns else None
+    return _column_of("label", given, "ClassLabel", ("label", "labels"), table)
+
+
+def _column_of(
+    what: str, given: str | None, kind: str, usual: tuple[str, ...], table: Table
+) -> str:
+    """A column as given, as the schema says, or by a usual name."""
     features = _features(table.schema)
-    kinds = {name: feature.get("_type") for name, feature in features.items()}
-    image = (given and given.image) or _only(
-        "image", [n for n, k in kinds.items() if k == "Image"], ("image", "img"), table
-    )
-    label = (given and given.label) or _only(
-        "label", [n for n, k in kinds.items() if k == "ClassLabel"], ("label", "labels"), table
-    )
-    for column in (image, label):
-        if column not in table.schema.names:
-            raise DataError(
-                f"{table.name} has no column {column!r}{near(column, table.schema.names)}"
-            )
-    return image, label
+    marked = [name for name, feature in features.items() if feature.get("_type") == kind]
+    column = given or _only(what, marked, usual, table)
+    if column not in table.schema.names:
+        raise DataError(f"{table.name} has no column {column!r}{near(column, table.schema.names)}")
+    return column
 
 
 def _only(what: str, marked: list[str], usual: tuple[str, ...], table: Table) -> str:
@@ -158,14 +169,19 @@ def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
 
 def _from_files(path: Path) -> dict[str, Table]:
     """Splits by file name (`train-00000-of-00002.parquet`) or folder (`train/0.parquet`)."""
-    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
-    if not files:
-        raise DataError(f"{path} has no .parquet files")
+    files = _parquet_files(path)
     groups: dict[str, list[Path]] = {}
     for file in files:
         groups.setdefault(_split_of(file) if len(files) > 1 else "train", []).append(file)
     root = path if path.is_dir() else path.parent
     return {split: _table(group, root) for split, group in groups.items()}
+
+
+def _parquet_files(path: Path) -> list[Path]:
+    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+    if not files:
+        raise DataError(f"{path} has no .parquet files")
+    return files
 
 
 def _split_of(file: Path) -> str:

@@ -27,7 +27,7 @@ class Npz(Source):
 
     def load(self, config: DataConfig) -> Parts:
         path = location(config.path, "path")
-        arrays = _arrays(path)
+        arrays = arrays_in(path)
         pairs = {split: _pair(arrays, names) for split, names in KEYS.items()}
         if pairs["train"] is None:
             raise DataError(
@@ -50,7 +50,7 @@ class Npz(Source):
         return Parts.of(path.stem, classes, parts)
 
 
-def _arrays(path: Path) -> dict[str, np.ndarray]:
+def arrays_in(path: Path) -> dict[str, np.ndarray]:
     """The file's arrays. Pickled objects are refused: reading them could run anything."""
     try:
         with np.load(path, allow_pickle=False) as archive:

@@ -9,13 +9,16 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attar.data.base import Batch
+from attar.data.base import UNLABELLED, Batch
 from attar.distill.adapted import AdaptedCriterion, require_prepared
 from attar.distill.adapters import channels
 from attar.distill.criterion import criteria, wide
 from attar.distill.relations import full_precision, unit
 from attar.distill.signal import Signal
 from attar.errors import UsageError
+
+UNSEEN = -1
+"""The class of an example that hasn't come yet."""
 
 
 @criteria.register("crd")
@@ -73,7 +76,7 @@ class CRD(AdaptedCriterion):
 
     def prepare(self, student: Signal, teacher: Signal) -> None:
         super().prepare(student, teacher)
-        unseen = torch.full((self._expected(),), -1, device=student.logits.device)
+        unseen = torch.full((self._expected(),), UNSEEN, device=student.logits.device)
         self.register_buffer("labels", unseen)
 
     def made(self, student: Tensor, teacher: Tensor) -> nn.Module:
@@ -120,6 +123,8 @@ class CRD(AdaptedCriterion):
         if classes is None or classes.dim() != 1 or classes.is_floating_point():
             order, first, beyond = None, batch.indices, batch.indices + 1
         else:
+            # an example without a label is a class of its own: all others may be told from it
+            classes = torch.where(classes == UNLABELLED, UNSEEN - 1 - batch.indices, classes)
             if self.training:
                 self.labels[batch.indices] = classes
             ranked, order = self.labels.sort(stable=True)

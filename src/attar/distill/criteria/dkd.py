@@ -42,6 +42,7 @@ class DKD(SoftenedCriterion):
         others: float = Field(8.0, ge=0, allow_inf_nan=False)
 
     settings: Settings
+    needs_labels = True
 
     def forward(self, student: Signal, teacher: Signal, batch: Batch | None = None) -> Tensor:
         own, wanted = self.softened(student, teacher)

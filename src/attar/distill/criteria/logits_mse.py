@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attar.data.base import Batch
-from attar.distill.criterion import Criterion, criteria
+from attar.distill.criterion import BESIDE_ANSWERS, Criterion, criteria
 from attar.distill.responses import responses
 from attar.distill.signal import Signal
 
@@ -26,7 +26,7 @@ class LogitsMSE(Criterion):
         >>> loss = LogitsMSE()(Signal(student(x)), Signal(teacher(x)))  # doctest: +SKIP
     """
 
-    teaches_answers = True
+    beside_task = BESIDE_ANSWERS
 
     def forward(self, student: Signal, teacher: Signal, batch: Batch | None = None) -> Tensor:
         return F.mse_loss(*responses(student, teacher))

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attar.data.base import Batch
-from attar.distill.criterion import Criterion, criteria, wide
+from attar.distill.criterion import BESIDE_ANSWERS, Criterion, criteria, wide
 from attar.distill.divergence import divergence
 from attar.distill.responses import labels
 from attar.distill.signal import Signal
@@ -45,8 +45,9 @@ class TeacherFree(Criterion):
         correct: float = Field(0.95, gt=0, lt=1)
 
     settings: Settings
-    teaches_answers = True
+    beside_task = BESIDE_ANSWERS
     asks_teacher = False
+    needs_labels = True
 
     def forward(self, student: Signal, teacher: Signal, batch: Batch | None = None) -> Tensor:
         t = self.settings.temperature

@@ -1,0 +1,209 @@
+"""A ResNet-8 taught by a ResNet-56 on a stratified part of CIFAR-10, criterion by criterion.
+
+    python benchmarks/distill_cifar10.py --seeds 3
+
+Every criterion, and the student alone, has the same schedule, the same images in the same order,
+augmented alike, and the same initial weights, seed by seed (`distill_cifar10.yaml`). Weights are
+those of the papers or of their authors' code, none was looked for here. Each finished training is a
+line of `results/distill_cifar10.jsonl`; what is there already is not trained again.
+
+A gain is over the student alone, in points of test accuracy: the mean over seeds, with a 95 %
+interval that holds both the seeds and the test images as drawn at random. `best_gain_points` is
+that of the criterion that is best on validation. `criteria_better_than_alone` counts those whose
+interval lies above zero.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from common import RESULTS, conclude, options, show
+from scipy import stats
+
+from attar.measure.machine import environment
+from attar.pipeline.job import job_of
+from attar.recipe import Recipe, load_recipe
+from attar.stages.base import Context
+from attar.stages.distill import Distill
+from attar.store import Store
+from attar.training.evaluation import statistics_of
+
+HERE = Path(__file__).parent
+LOG = RESULTS / "distill_cifar10.jsonl"
+ALONE = "alone"
+LAST = [{"student": "layer3", "teacher": "layer3"}]
+GROUPS = [{"student": f"layer{i}", "teacher": f"layer{i}"} for i in (1, 2, 3)]
+CRITERIA: list[dict[str, dict[str, Any]]] = [
+    # responses
+    {"kd": {}},
+    {"kd": {"standardize": True, "temperature": 2, "weight": 9}},
+    {"logits-mse": {}},
+    {"dkd": {}},
+    {"dist": {}},
+    {"jensen-shannon": {}},
+    # features
+    {"feature": {"layers": LAST}},
+    {"attention": {"layers": GROUPS, "weight": 10}},
+    {"reviewkd": {"layers": GROUPS, "weight": 3}},
+    {"vid": {"layers": LAST}},
+    {"simkd": {"layers": LAST}},
+    # relations
+    {"similarity": {"layers": LAST, "weight": 3000}},
+    {"rkd": {"layers": LAST, "weight": 25}},
+    {"pkt": {"layers": LAST, "weight": 500}},
+    {"correlation-congruence": {"layers": LAST}},
+    {"crd": {"layers": LAST, "weight": 0.8}},
+]
+BEST_GOAL, BETTER_GOAL = 0.0, 6
+
+
+def label_of(criterion: dict[str, dict[str, Any]]) -> str:
+    """A criterion's name, and `standardize` where it is on."""
+    ((name, settings),) = criterion.items()
+    return f"{name} standardized" if settings.get("standardize") else name
+
+
+def lines() -> list[dict[str, Any]]:
+    return [json.loads(x) for x in LOG.read_text().splitlines()] if LOG.exists() else []
+
+
+def setting(recipe: Recipe, criterion: Any) -> str:
+    """What two trainings must have in common for one to stand for the other."""
+    stage = yaml.safe_dump([*recipe.model_dump(mode="json")["stages"], criterion])
+    data = recipe.data.model_dump(mode="json") | {"path": "cifar10"}
+    return hashlib.sha256((stage + json.dumps(data)).encode()).hexdigest()[:16]
+
+
+def train(recipe: Recipe, criterion: Any, label: str) -> dict[str, Any]:
+    """One training, as a line of the log."""
+    job = job_of(recipe)
+    work = Path("runs") / "benchmarks" / recipe.name / f"{label}-{recipe.seed}"
+    (stage,) = job.stages
+    asked = [] if criterion is None else [criterion]
+    stage = Distill.model_validate({**stage.model_dump(), "criteria": asked})
+    run = Context(
+        task=job.task,
+        data=job.data,
+        teacher=job.teacher.fresh().module,
+        seed=job.seed,
+        work=work / setting(recipe, criterion),
+        store=Store(),
+        tell=progress,
+    )
+    started = time.perf_counter()
+    student = stage.apply(job.student.fresh(job.seed + 1), run)
+    validation, test = (
+        job.task.hits(statistics_of(student.module, split, job.task)).astype(bool)
+        for split in (job.data.validation, job.data.test)
+    )
+    return {
+        "criterion": label,
+        "settings": criterion,
+        "setting": setting(recipe, criterion),
+        "seed": recipe.seed,
+        "validation": float(validation.mean()),
+        "test": float(test.mean()),
+        "hits": np.packbits(test).tobytes().hex(),  # a bit for each test image
+        "seconds": round(time.perf_counter() - started),
+        "environment": environment(),
+    }
+
+
+def progress(event: dict[str, Any]) -> None:
+    if event["event"] == "epoch" and event["epoch"] % 10 == 0:
+        print(f"  {event['epoch']}: {event['metric']['value']:.4f}", flush=True)
+
+
+def gain(own: dict[int, np.ndarray], alone: dict[int, np.ndarray]) -> dict[str, float]:
+    """The mean difference over seeds and images, in points, and half its 95 % interval: Student's t
+    over the seeds' gains (training) joined with the images' (test), as variances add."""
+    seeds = sorted(set(own) & set(alone))
+    each = 100 * np.array([own[s].astype(float) - alone[s] for s in seeds])
+    by_seed, by_image = each.mean(1), each.mean(0)
+    images = by_image.var(ddof=1) / len(by_image)
+    if len(seeds) < 2:
+        return {"gain": each.mean(), "half": 1.96 * images**0.5, "seeds": len(seeds)}
+    # what the seeds' gains vary by on the same images, beyond the images' own draw
+    training = stats.t.ppf(0.975, len(seeds) - 1) * by_seed.std(ddof=1) / len(seeds) ** 0.5
+    return {
+        "gain": each.mean(),
+        "half": (training**2 + 1.96**2 * images) ** 0.5,
+        "seeds": len(seeds),
+    }
+
+
+def rounded(figures: dict[str, float]) -> dict[str, float]:
+    return {name: round(float(value), 2) for name, value in figures.items()}
+
+
+def main() -> None:
+    parser = options(__doc__ or "")
+    parser.add_argument("--only", nargs="*", help="only these criteria, beside the student alone")
+    arguments = parser.parse_args()
+    overrides = ["data.subset.count=500", "stages.distill.epochs=2"] if arguments.quick else []
+    asked = [(ALONE, None), *((label_of(one), one) for one in CRITERIA)]
+    if arguments.quick:
+        asked = asked[:3]
+    if arguments.only:
+        asked = [(label, one) for label, one in asked if label in (ALONE, *arguments.only)]
+    found = []
+    for seed in range(arguments.seeds):
+        recipe = load_recipe(str(HERE / "distill_cifar10.yaml"), [*overrides, f"seed={seed}"])
+        for label, criterion in asked:
+            wanted = (label, seed, setting(recipe, criterion))
+            known = {(x["criterion"], x["seed"], x["setting"]): x for x in lines()}
+            if wanted not in known:
+                print(f"{label}, seed {seed}", flush=True)
+                known[wanted] = train(recipe, criterion, label)
+                if not arguments.quick:
+                    with LOG.open("a") as file:
+                        file.write(json.dumps(known[wanted]) + "\n")
+            found.append(known[wanted])
+    report(found, arguments)
+
+
+def report(found: list[dict[str, Any]], arguments: Any) -> None:
+    def right(line: dict[str, Any]) -> np.ndarray:
+        return np.unpackbits(np.frombuffer(bytes.fromhex(line["hits"]), np.uint8))
+
+    by: dict[str, list[dict[str, Any]]] = {}
+    for line in found:
+        by.setdefault(line["criterion"], []).append(line)
+    alone = {line["seed"]: right(line) for line in by[ALONE]}
+    rows, gains, validation = [], {}, {}
+    for label, own in by.items():
+        tests, chosen = ([100 * x[k] for x in own] for k in ("test", "validation"))
+        validation[label] = float(np.mean(chosen))
+        spread = float(np.std(tests, ddof=1)) if len(own) > 1 else 0.0
+        row = [label, f"{validation[label]:.2f}", f"{np.mean(tests):.2f} ± {spread:.2f}"]
+        if label != ALONE:
+            one = gains[label] = gain({x["seed"]: right(x) for x in own}, alone)
+            row += [f"{one['gain']:+.2f} ± {one['half']:.2f}", one["gain"] > one["half"]]
+        rows.append(row)
+    rows.sort(key=lambda row: -float(row[1]))
+    columns = ["criterion", "validation, %", "test, %", "gain, points", "better"]
+    show("ResNet-56 → ResNet-8, CIFAR-10", columns, [[*r, *[""] * (5 - len(r))] for r in rows])
+    best = max(gains, key=lambda label: validation[label])
+    figures = {
+        "best_gain_points": round(float(gains[best]["gain"]), 2),
+        "criteria_better_than_alone": int(sum(g["gain"] > g["half"] for g in gains.values())),
+    }
+    goals = {
+        "best_gain_points": (">=", BEST_GOAL),
+        "criteria_better_than_alone": (">=", BETTER_GOAL),
+    }
+    table = {
+        label: {"validation": round(validation[label], 2), **rounded(g)}
+        for label, g in gains.items()
+    }
+    conclude("distill_cifar10", arguments, figures, goals, best=best, criteria=table)
+
+
+if __name__ == "__main__":
+    main()
