@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from attar import numbers
 from attar.errors import AttarError, UsageError
-from attar.report import compare_reports, ledger_html, ledger_table, numbers, write_report
+from attar.report import compare_reports, ledger_html, ledger_table, write_report
 from attar.report.charts import Point, scatter
 from report_fixture import CLASSES, details, events, ledger, rows, write_run
 

@@ -17,7 +17,8 @@ from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from attar.report import ledger_table, numbers
+from attar import numbers
+from attar.report import ledger_table
 from attar.report.record import read_run
 
 REFRESH = 8

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from attar.report import numbers, sections, verdict
+from attar import numbers
+from attar.report import sections, verdict
 from attar.report.charts import Point
 from attar.report.page import render
 from attar.report.record import RunRecord, read_run

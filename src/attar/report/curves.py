@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from attar.report import numbers
+from attar import numbers
 from attar.report.charts import curve
 from attar.report.record import RunRecord
 from attar.report.verdict import unit_of

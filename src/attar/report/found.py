@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from attar.report import numbers
+from attar import numbers
 from attar.report.diagnosis import is_diagnosis
 from attar.report.record import RunRecord
 from attar.report.verdict import unit_of

@@ -71,7 +71,7 @@ def render(template: str, **values: Any) -> str:
 
 @cache
 def _templates() -> Environment:
-    from attar.report import numbers
+    from attar import numbers
 
     environment = Environment(
         loader=PackageLoader("attar.report"),

@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from attar.report import numbers
+from attar import numbers
 from attar.report.charts import Point, scatter
 from attar.report.found import human
 from attar.report.record import BASELINES, RunRecord

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from attar.report import numbers
+from attar import numbers
 from attar.report.record import RunRecord
 
 LIMITS = {

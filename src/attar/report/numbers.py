@@ -1,3 +1,0 @@
-"""Temporary."""
-
-from attar.numbers import *  # noqa: F403
