@@ -34,7 +34,7 @@ from attar.stages.distill import Distill
 from attar.store import Store
 from attar.training.evaluation import statistics_of
 
-HERE = Path(__file__).parent
+RECIPE = Path(__file__).with_suffix(".yaml")
 LOG = RESULTS / "distill_cifar10.jsonl"
 ALONE = "alone"
 LAST = [{"student": "layer3", "teacher": "layer3"}]
@@ -73,14 +73,14 @@ def lines() -> list[dict[str, Any]]:
     return [json.loads(x) for x in LOG.read_text().splitlines()] if LOG.exists() else []
 
 
-def setting(recipe: Recipe, criterion: Any) -> str:
-    """What two trainings must have in common for one to stand for the other."""
-    stage = yaml.safe_dump([*recipe.model_dump(mode="json")["stages"], criterion])
-    data = recipe.data.model_dump(mode="json") | {"path": "cifar10"}
-    return hashlib.sha256((stage + json.dumps(data)).encode()).hexdigest()[:16]
+def setting(overrides: list[str], criterion: Any) -> str:
+    """What two trainings must have in common for one to stand for the other: what is written."""
+    recipe = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
+    text = json.dumps([recipe, overrides, criterion], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def train(recipe: Recipe, criterion: Any, label: str) -> dict[str, Any]:
+def train(recipe: Recipe, criterion: Any, label: str, setting: str) -> dict[str, Any]:
     """One training, as a line of the log."""
     job = job_of(recipe)
     work = Path("runs") / "benchmarks" / recipe.name / f"{label}-{recipe.seed}"
@@ -92,7 +92,7 @@ def train(recipe: Recipe, criterion: Any, label: str) -> dict[str, Any]:
         data=job.data,
         teacher=job.teacher.fresh().module,
         seed=job.seed,
-        work=work / setting(recipe, criterion),
+        work=work / setting,
         store=Store(),
         tell=progress,
     )
@@ -105,7 +105,7 @@ def train(recipe: Recipe, criterion: Any, label: str) -> dict[str, Any]:
     return {
         "criterion": label,
         "settings": criterion,
-        "setting": setting(recipe, criterion),
+        "setting": setting,
         "seed": recipe.seed,
         "validation": float(validation.mean()),
         "test": float(test.mean()),
@@ -154,13 +154,13 @@ def main() -> None:
         asked = [(label, one) for label, one in asked if label in (ALONE, *arguments.only)]
     found = []
     for seed in range(arguments.seeds):
-        recipe = load_recipe(str(HERE / "distill_cifar10.yaml"), [*overrides, f"seed={seed}"])
+        recipe = load_recipe(str(RECIPE), [*overrides, f"seed={seed}"])
         for label, criterion in asked:
-            wanted = (label, seed, setting(recipe, criterion))
+            wanted = (label, seed, setting(overrides, criterion))
             known = {(x["criterion"], x["seed"], x["setting"]): x for x in lines()}
             if wanted not in known:
                 print(f"{label}, seed {seed}", flush=True)
-                known[wanted] = train(recipe, criterion, label)
+                known[wanted] = train(recipe, criterion, label, wanted[2])
                 if not arguments.quick:
                     with LOG.open("a") as file:
                         file.write(json.dumps(known[wanted]) + "\n")

@@ -118,8 +118,8 @@ def tuned(images: torch.Tensor, labels: torch.Tensor) -> Callable[[], float]:
 def others(images: torch.Tensor, labels: torch.Tensor) -> Callable[[], float] | None:
     """torchdistill's loop, as its examples have it."""
     try:
-        import torchdistill.core.interfaces  # noqa: F401  # fills its registries
-        import torchdistill.losses  # noqa: F401
+        import torchdistill.core.interfaces  # fills its registries
+        import torchdistill.losses
         import torchdistill.optim  # noqa: F401
         from torchdistill.core.distillation import get_distillation_box
     except ImportError:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import attar
+from attar.distill.head import reuse_head
 from attar.errors import CheckpointError, ConstraintBroken, StorageError
 from attar.models import build
 from attar.models.base import ModelSpec
@@ -78,14 +79,26 @@ def quantized(student: Student) -> Student:
     )
 
 
+def headed(student: Student) -> Student:
+    student = student.copy()
+    torch.manual_seed(1)
+    wide = nn.Sequential(
+        nn.Conv2d(1, 24, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 10)
+    )
+    reuse_head(student, wide.eval(), (IMAGES,))
+    return student
+
+
 WAYS = {
     "none": [],
+    "teacher-head": [headed],
     "masked": [masked],
     "channels-removed": [removed],
     "shared": [shared],
     "quantized": [quantized],
     "all": [removed, masked, shared, quantized],
     "masked first": [masked, removed],
+    "teacher-head first": [headed, masked, shared],
 }
 
 
@@ -307,7 +320,7 @@ def test_a_wrong_record_is_refused(saved, changes, said):
     assert "\n" not in str(caught.value)
 
 
-KINDS = ["masked", "shared", "channels-removed", "quantized"]
+KINDS = ["masked", "shared", "channels-removed", "quantized", "teacher-head"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
