@@ -298,6 +298,7 @@ def _up_to_distill(recipe: Recipe, variant: Variant, criteria: list[Any]) -> Rec
             if variant.size is not None:
                 chosen = {"method": variant.method, "count": variant.size, "fraction": None}
                 settings["transfer"] = {**(settings["transfer"] or {}), **chosen}
+            settings["diagnose"] = False  # the student alone is a variant of its own
             try:
                 taught = Distill.model_validate(settings)
             except ValidationError as error:
