@@ -1,4 +1,5 @@
-"""Two families of networks whose features criteria are tested on, in float64."""
+"""Networks that distillation is tested on: two families whose features criteria compare, in
+float64, and a small one to train."""
 
 import numpy as np
 import torch
@@ -7,6 +8,22 @@ from torch import nn
 from attar.distill import Capture, Signal
 
 N, CLASSES = 6, 5
+
+
+def flat_cnn(width: int, hidden: int | None = 24) -> nn.Module:
+    """For 8 × 8 gray images and ten classes, ending in a linear layer, or in two with `hidden`
+    units between them."""
+    torch.manual_seed(0)
+    body = [
+        nn.Conv2d(1, width, 3, padding=1),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+    ]
+    if hidden is None:
+        return nn.Sequential(*body, nn.Linear(16 * width, 10))
+    return nn.Sequential(*body, nn.Linear(16 * width, hidden), nn.ReLU(), nn.Linear(hidden, 10))
 
 
 class Cnn(nn.Module):

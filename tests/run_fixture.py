@@ -39,6 +39,17 @@ LIBRARIES = [
 ]  # fmt: skip
 
 
+def stops_after(epoch: int, label: str | None = None) -> Callable[[Event], None]:
+    """A listener that interrupts a training (the one called `label`, or any) after an epoch."""
+
+    def tell(event: Event) -> None:
+        told = event["event"] == "epoch" and label in (None, event["label"])
+        if told and event["epoch"] == epoch:
+            raise KeyboardInterrupt
+
+    return tell
+
+
 OPERATORS: list[Any] = []
 
 

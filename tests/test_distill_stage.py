@@ -16,6 +16,7 @@ from attar.tasks.image_classification import ImageClassification
 from attar.training.config import Training
 from attar.training.loop import train
 from attar.training.objective import TaskObjective
+from run_fixture import stops_after
 
 TASK = ImageClassification()
 FAST = {"batch_size": 50, "optimizer": {"lr": 0.01}}
@@ -108,13 +109,9 @@ def test_an_interrupted_stage_ends_as_an_undisturbed_one(run, tmp_path):
     undisturbed = weights(stage.apply(Student(make(4)), run.at("undisturbed")))
     torch.manual_seed(99)  # what happened before in the process is of no consequence
 
-    def interrupt(event):
-        if event["event"] == "epoch" and event["epoch"] == 2:
-            raise KeyboardInterrupt
-
     disturbed = run.at("disturbed")
     with pytest.raises(KeyboardInterrupt):
-        stage.apply(Student(make(4)), replace(disturbed, tell=interrupt))
+        stage.apply(Student(make(4)), replace(disturbed, tell=stops_after(2)))
     assert equal(weights(stage.apply(Student(make(4)), disturbed)), undisturbed)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def augmented():
 
 
 def answers(net, split, root: Path, layers=(), tell=None, **storing) -> StoredTeacher:
-    teacher = Teacher(net, TASK, layers=layers)
+    teacher = Teacher(net, TASK, layers=layers, calls=1)  # in its own form, whatever is faster
     return stored(
         teacher, split, views=VIEWS, seed=SEED, store=Store(root), storing=Storing(**storing),
         tell=tell or (lambda event: None),
@@ -55,7 +56,7 @@ def answers(net, split, root: Path, layers=(), tell=None, **storing) -> StoredTe
 def test_stored_gradients_equal_live_ones(augmented, tiny_net, tmp_path: Path, layers) -> None:
     teacher, student = tiny_net(8), tiny_net(2)
     split = augmented.train.with_views(VIEWS)
-    live = Teacher(teacher, TASK, layers=layers)
+    live = Teacher(teacher, TASK, layers=layers, calls=1)
     hint = {"hint": Feature(layers=layers)} if layers else {}
     gradients = []
     for source in (live, answers(teacher, split, tmp_path, layers)):
@@ -205,7 +206,8 @@ def test_a_persons_folder_is_held_to_what_it_was_made_of(augmented, tiny_net, tm
     split, folder = augmented.train.with_views(VIEWS), tmp_path / "kept"
     net = tiny_net(8)
     answers(net, split, tmp_path, ["0"], folder=str(folder))
-    answers(net, split, tmp_path, folder=str(folder))  # fewer layers are there
+    fewer = answers(net, split, tmp_path, folder=str(folder))  # more layers are there
+    assert not fewer.signal(split.pick([0])).features
     for change, said in (
         ({"net": tiny_net(4)}, "another teacher"),
         ({"split": augmented.train.only(range(50)).with_views(VIEWS)}, "other examples"),
@@ -219,6 +221,43 @@ def test_a_persons_folder_is_held_to_what_it_was_made_of(augmented, tiny_net, tm
         assert "rebuild=true" in str(refused.value)
     found = answers(tiny_net(4), split, tmp_path, folder=str(folder), rebuild=True)
     assert found.made["layers"] == []
+
+
+def test_a_folder_that_was_begun_for_more_is_finished_as_begun(
+    augmented, tiny_net, tmp_path, monkeypatch
+) -> None:
+    split, folder = augmented.train.with_views(VIEWS), str(tmp_path / "kept")
+    monkeypatch.setattr(asking, "BATCH", 32)
+    monkeypatch.setattr(asking, "SAVED_EVERY", 0)
+    net = tiny_net(8)
+
+    def ask(views: int, dies_at: int | None = None) -> StoredTeacher:
+        teacher = Counting(net, TASK, dies_at=dies_at)
+        kept = Storing(folder=folder)
+        return stored(teacher, split, views=views, seed=SEED, store=Store(), storing=kept)
+
+    with pytest.raises(KeyboardInterrupt):
+        ask(VIEWS, dies_at=3)
+    with pytest.raises(UsageError, match=f"begun for {VIEWS} views"):
+        ask(1)
+    ask(VIEWS)
+    assert ask(1).choice["views"] == 1
+
+
+def test_who_goes_on_asks_in_the_same_form(augmented, tiny_net, tmp_path, monkeypatch) -> None:
+    split, settled = augmented.train.with_views(VIEWS), []
+    monkeypatch.setattr(asking, "BATCH", 32)
+    net = tiny_net(8)
+
+    class Settling(Counting):
+        def settle(self, batch) -> None:
+            settled.append(self)
+
+    for dies_at in (5, None):
+        teacher = Settling(net, TASK, dies_at=dies_at)
+        with pytest.raises(KeyboardInterrupt) if dies_at else nullcontext():
+            stored(teacher, split, views=VIEWS, seed=SEED, store=Store(tmp_path))
+    assert len(settled) == 2 and settled[0] is not settled[1]
 
 
 def test_rebuilding_is_no_part_of_what_a_result_depends_on() -> None:

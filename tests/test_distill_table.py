@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,10 @@ import pytest
 import torch
 
 from attar.data import DataConfig, load_data
+from attar.data.arrays import ArraySplit
+from attar.data.base import UNLABELLED
 from attar.distill.table import Table
+from attar.distill.transfer import with_unlabelled
 from attar.errors import DataError, RecipeError
 from attar.recipe import load_recipe
 from attar.stages.base import Context
@@ -78,6 +82,24 @@ def test_only_what_is_trained_on_must_be_there(data, soft, tmp_path: Path) -> No
     with pytest.raises(DataError, match=rf"no soft labels for 1 of the 60 .*first is {rows[4]}\b"):
         kept = np.delete(rows, 4)
         Table(write(tmp_path / "fewer.npz", soft[kept], data, kept), data)
+
+
+def test_unlabelled_images_have_the_numbers_after_the_training_part_s(data, soft, tmp_path) -> None:
+    unlabelled = ArraySplit(
+        "unlabelled",
+        data.train.images[:3],
+        torch.full((3,), UNLABELLED),
+        mean=data.preparation["mean"],
+        std=data.preparation["std"],
+    )
+    joined = with_unlabelled(replace(data, unlabelled=unlabelled))
+    more = np.concatenate([soft, soft[:3][::-1]])
+    table = Table(write(tmp_path / "soft.npz", more, data), joined)
+    batch = joined.train.pick([len(data.train), len(data.train) + 2])
+    found = table.signal(batch).logits.softmax(-1).numpy()
+    np.testing.assert_allclose(found, soft[[2, 0]], rtol=1e-4, atol=1e-6)
+    with pytest.raises(DataError, match="no soft labels for 3 of the 63"):
+        Table(write(tmp_path / "fewer.npz", soft, data), joined)
 
 
 def test_a_certain_table_has_finite_logits(data, tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ from attar.training.config import Training
 from attar.training.evaluation import outputs_of
 from attar.training.loop import train
 from attar.training.objective import TaskObjective
+from criteria_fixture import flat_cnn
 
 TASK = ImageClassification()
 FAST = {"batch_size": 50, "optimizer": {"lr": 0.01}}
@@ -45,20 +46,6 @@ AUGMENT = [{"random_crop": {"size": 8, "padding": 1}}]
 KEEP_SHARES = ["stratified", "confident", "uncertain", "disagreement", "herding"]
 METHODS = ["random", "k-centre", *KEEP_SHARES]
 ALONE = ["random", "stratified"]
-
-
-def make(width: int) -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(1, width, 3, padding=1),
-        nn.BatchNorm2d(width),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(16 * width, 24),
-        nn.ReLU(),
-        nn.Linear(24, 10),
-    )
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +57,7 @@ def augmented():
 
 @pytest.fixture(scope="module")
 def teacher(augmented) -> nn.Module:
-    net, training = make(8), Training(epochs=12, **FAST)
+    net, training = flat_cnn(8), Training(epochs=12, **FAST)
     train(net, data=augmented, task=TASK, training=training, objective=TaskObjective(TASK))
     return net
 
@@ -396,7 +383,7 @@ def test_same_pixels_are_left_out_without_a_teacher():
 
 
 def test_duplicates_by_similarity_are_more_the_lower_it_is():
-    teacher, split = make(4).eval(), repeated()
+    teacher, split = flat_cnn(4).eval(), repeated()
     same, found = chosen(split, teacher, deduplicate=1)
     assert same.tolist() == list(range(30)) and found["layer"] == "input of 7"
     counts = [chosen(split, teacher, deduplicate=s).found["duplicates"] for s in (0.99, 0.9, 0.5)]
@@ -509,7 +496,7 @@ def test_a_stage_learns_from_the_chosen_examples_alone(run, monkeypatch):
     monkeypatch.setattr(ImageClassification, "loss", watched)
     heard: list[dict] = []
     stage = Distill(transfer={"count": 100, "method": "herding"}, epochs=20, **FAST)
-    taught = stage.apply(Student(make(4)), replace(run, tell=heard.append))
+    taught = stage.apply(Student(flat_cnn(4)), replace(run, tell=heard.append))
     assert set().union(*seen) == {(i,) for i in range(100)}
     assert run.evaluate(taught.module) > 0.4
     found = run.found["transfer"]
@@ -522,19 +509,19 @@ def test_a_stage_learns_from_the_chosen_examples_alone(run, monkeypatch):
 
 def test_a_stage_repeats_its_choice(run):
     stage = Distill(transfer={"fraction": 0.3, "method": "k-centre"}, epochs=1, **FAST)
-    one = weights(stage.apply(Student(make(4)), run.at("one")))
-    other = weights(stage.apply(Student(make(4)), run.at("other")))
+    one = weights(stage.apply(Student(flat_cnn(4)), run.at("one")))
+    other = weights(stage.apply(Student(flat_cnn(4)), run.at("other")))
     assert all(torch.equal(one[k], other[k]) for k in one)
 
 
 def test_without_a_teacher_a_stage_can_choose_at_random_and_no_otherwise(run):
     alone = replace(run, teacher=None)
     stage = Distill(criteria=[], transfer=100, epochs=1, **FAST)
-    stage.apply(Student(make(4)), alone)
+    stage.apply(Student(flat_cnn(4)), alone)
     assert alone.found["transfer"]["chosen"] == 100
     stage = Distill(criteria=[], transfer={"count": 100, "method": "confident"}, **FAST)
     with pytest.raises(UsageError, match="confident asks the teacher's network"):
-        stage.apply(Student(make(4)), alone)
+        stage.apply(Student(flat_cnn(4)), alone)
 
 
 def test_the_report_shows_what_was_chosen(augmented, teacher):

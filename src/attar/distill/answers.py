@@ -161,5 +161,6 @@ def _damage(path: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StorageError(
-            f"{path} is missing or damaged: ask the teacher again with `store: {{rebuild: true}}`"
+            f"{path} is missing or damaged: to ask the teacher again, delete {path.parent}, or say "
+            "`--set stages.distill.store.rebuild=true`"
         ) from error

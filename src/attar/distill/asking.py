@@ -83,6 +83,7 @@ class _Asking:
         self.columns: dict[str, Column] = {}
         self.checksums: dict[str, list[int]] = {}
         self.choice: dict[str, Any] = {}
+        self.settled = False
         self.view, self.done = 0, 0  # how far it is: views, and examples of the next
 
     def go_on(self) -> None:
@@ -122,8 +123,9 @@ class _Asking:
                 self._progress(view, step, steps)
 
     def _answer(self, batch: Batch, view: int) -> None:
-        if not self.choice:
-            self.teacher.settle(batch)
+        if not self.settled:
+            self.teacher.settle(batch)  # in a process that goes on, too: to answer alike, and fast
+            self.settled = True
         # beside the answers: the process that ends may not be the one that chose
         self.choice = dict(self.teacher.choice)
         started = time.perf_counter()

@@ -18,6 +18,7 @@ from attar.distill.pairs import Pair
 from attar.distill.responses import require_same_classes
 from attar.errors import CheckpointError, UsageError
 from attar.student import Edit, Student
+from attar.student.edits import submodule
 from attar.training.evaluation import device_of
 
 
@@ -76,7 +77,8 @@ class TeacherHead(Edit):
     def replay(self, module: nn.Module) -> None:
         """Gives a network the projector and the classifier, newly initialised, in place. Raises
         `CheckpointError` for a network that lacks the layers."""
-        inner, old = (_submodule(module, path) for path in (self.layer, self.head))
+        what = "the teacher's classifier was put behind"
+        inner, old = (submodule(module, path, what) for path in (self.layer, self.head))
         if not isinstance(old, nn.Linear):
             raise CheckpointError(
                 f"the teacher's classifier was put in the place of {self.head}, which is a "
@@ -247,13 +249,4 @@ def _require_fitting(module: nn.Module, edit: TeacherHead, example: tuple[Any, .
             f"the teacher's classifier doesn't fit the student behind {edit.layer!r}: {reason}; "
             f"name the last layer before {edit.head!r} in both networks (layers: [{{student: …, "
             "teacher: …}]), where both give features of one size"
-        ) from None
-
-
-def _submodule(module: nn.Module, path: str) -> nn.Module:
-    try:
-        return module.get_submodule(path)
-    except AttributeError:
-        raise CheckpointError(
-            f"the teacher's classifier was put behind {path}, which the network lacks"
         ) from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from attar.errors import StorageError, UsageError
 from attar.events import Listener, silent
 from attar.store import Store, key_of, locked
 
-AGAIN = "ask again with `--set stages.distill.store.rebuild=true`"
+AGAIN = "to ask again, delete that folder, or say `--set stages.distill.store.rebuild=true`"
 DIFFERS = {
     "teacher": "another teacher (its weights, its structure or its code)",
     "examples": "other examples, or the same prepared or augmented otherwise",
@@ -50,7 +50,8 @@ class StoredTeacher:
     the answers of view `e % views` were given to: a stored step has the gradients of a live one.
     Files are mapped to memory, and each view is held against its checksum when it is first used.
 
-    views: how many of the stored ones to go through; default: all.
+    views: how many of the stored ones to go through. layers: which of the stored inner layers its
+    signals hold. Default: all.
     Raises `StorageError` for a folder that isn't whole, and for a view that was damaged.
 
     Example:
@@ -58,14 +59,19 @@ class StoredTeacher:
         torch.Size([128, 10])
     """
 
-    def __init__(self, folder: Path, views: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, views: int | None = None, layers: Sequence[str] | None = None
+    ) -> None:
         self._folder = folder
         self.made = read_index(folder)
         """What the answers depend on, and by which versions they were made."""
         self._views = views or self.made["views"]
-        self._columns = open_columns(
-            folder, asked_in(self.made), self.made["columns"], self.made["count"], "r"
-        )
+        shapes = {
+            name: shape
+            for name, shape in self.made["columns"].items()
+            if layers is None or name in (LOGITS, *layers)
+        }
+        self._columns = open_columns(folder, asked_in(self.made), shapes, self.made["count"], "r")
         self._verified: set[int] = set()
         self._view = 0
         self.choice = {**self.made["choice"], "views": self._views}
@@ -95,7 +101,7 @@ class StoredTeacher:
                 if found != self.made["checksums"][name][view]:
                     raise StorageError(
                         f"{self._folder / name} is damaged: it no longer holds what the teacher "
-                        "answered; ask again with `store: {rebuild: true}`"
+                        f"answered; {AGAIN}"
                     )
         self._verified.add(view)
 
@@ -139,7 +145,7 @@ def stored(
         folder = _in_folder(Path(storing.folder), asked, storing.rebuild, make)
     else:
         folder = _in_store(store, asked, storing.rebuild, make)
-    answers = StoredTeacher(folder, views)
+    answers = StoredTeacher(folder, views, teacher.layers)
     _require_pictures(answers.made, split, folder)
     _tell_versions(answers.made, folder, tell)
     return answers
@@ -164,11 +170,19 @@ def _in_folder(folder: Path, asked: Asked, rebuild: bool, make: Callable[[Path],
     with locked(folder / ".lock"):
         if rebuild:
             clear(folder)
-        for begun in (INDEX, PROGRESS):
-            if (folder / begun).exists():
-                _require_same(asked_in(read_index(folder, begun)), asked, folder)
-        if not (folder / INDEX).exists():
-            make(folder)
+        if (folder / INDEX).exists():
+            _require_same(asked_in(read_index(folder)), asked, folder)
+            return folder
+        if (folder / PROGRESS).exists():
+            begun = asked_in(read_index(folder, PROGRESS))
+            _require_same(begun, asked, folder)
+            if begun != asked:
+                raise UsageError(
+                    f"the answers in {folder} were begun for {begun.views} views with "
+                    f"{len(begun.layers)} inner layers and are not finished: go on with these; "
+                    f"{AGAIN}"
+                )
+        make(folder)
     return folder
 
 
@@ -184,7 +198,7 @@ def _require_same(found: Asked, asked: Asked, folder: Path) -> None:
         differs.append(f"no inner layer {', '.join(map(repr, lacking))}")
     if differs:
         raise UsageError(
-            f"the answers in {folder} are of {'; '.join(differs)}: name another `store.folder`, or "
+            f"the answers in {folder} are of {'; '.join(differs)}: name another `store.folder`; "
             f"{AGAIN}"
         )
 
@@ -202,7 +216,7 @@ def _tell_versions(made: Mapping[str, Any], folder: Path, tell: Listener) -> Non
     if any(made[name] != version for name, version in versions().items()):
         text = (
             f"the teacher's answers in {folder} were made by {_said(made)} and this is "
-            f"{_said(versions())}; they are used as they are, or {AGAIN}"
+            f"{_said(versions())}; they are used as they are; {AGAIN}"
         )
         tell({"event": "note", "text": text})
 

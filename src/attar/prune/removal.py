@@ -16,8 +16,10 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from attar.errors import AttarError, CheckpointError
 from attar.prune.groups import ChannelGraph
 from attar.prune.trace import where_failed
-from attar.student.edits import Edit
+from attar.student.edits import Edit, submodule
 from attar.training.evaluation import evaluating
+
+REMOVED = "channels were removed from"
 
 
 class RemovalFailed(AttarError):
@@ -66,11 +68,12 @@ class ChannelsRemoved(Edit):
         """Takes the channels out of a network that still has them, in place. Raises
         `CheckpointError` for a network they don't fit."""
         for path, counts in self.attributes.items():
-            self._lower(_submodule(module, path), path, counts)
+            self._lower(submodule(module, path, REMOVED), path, counts)
         touched = set()
         done: dict[int, nn.Parameter | Tensor] = {}
         for path, dims in self.removed.items():
-            owner, name = _submodule(module, path.rpartition(".")[0]), path.rpartition(".")[2]
+            place, _, name = path.rpartition(".")
+            owner = submodule(module, place, REMOVED)
             tensor = getattr(owner, name, None)
             if not isinstance(tensor, Tensor):
                 raise CheckpointError(f"channels were removed from {path}, which the network lacks")
@@ -195,15 +198,6 @@ def _without(tensor: Tensor, path: str, dims: Mapping[int, list[int]]) -> Tensor
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(kept, requires_grad=tensor.requires_grad)
     return kept
-
-
-def _submodule(module: nn.Module, path: str) -> nn.Module:
-    try:
-        return module.get_submodule(path)
-    except AttributeError:
-        raise CheckpointError(
-            f"channels were removed from {path}, which the network doesn't have"
-        ) from None
 
 
 def _refresh(owner: nn.Module) -> None:

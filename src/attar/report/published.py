@@ -14,7 +14,6 @@ TIAN = "Tian et al. 2020, Contrastive Representation Distillation, table 1"
 ZHAO = "Zhao et al. 2022, Decoupled Knowledge Distillation"
 HUANG = "Huang et al. 2022, Knowledge Distillation from a Stronger Teacher"
 CHEN = "Chen et al. 2021, Distilling Knowledge via Knowledge Review, as Wang et al. 2023 list it"
-HEO = "Heo et al. 2019, Overhaul of Feature Distillation, as Wang et al. 2023 list it"
 SUN = "Sun et al. 2024, Logit Standardization in Knowledge Distillation"
 
 NOTE = (
@@ -51,7 +50,6 @@ FIGURES: dict[str, Figure] = {
     "dkd": Figure(0.7197, ZHAO),
     "dist": Figure(0.7175, HUANG),
     "reviewkd": Figure(0.7189, CHEN),
-    "ofd": Figure(0.7098, HEO),
 }
 """ResNet-20 taught by ResNet-56 (72.34 %) on CIFAR-100 for 240 epochs, by Attar's names."""
 

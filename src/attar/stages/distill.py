@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from torch import nn
 
 from attar.data.base import Data
 from attar.distill.answers import Storing
-from attar.distill.classes import require_distinct, share_classes
 from attar.distill.criterion import Criterion, criterion_class, require_no_labels, written
 from attar.distill.diagnosis import diagnosis, measure
+from attar.distill.mentor import Mentor
 from attar.distill.objective import DistillObjective
 from attar.distill.pairing import pair_layers, with_pairs
 from attar.distill.pairs import LayerCriterion, Pair
@@ -26,10 +26,8 @@ from attar.distill.teacher import Teacher
 from attar.distill.transfer import Transfer, said, transferred, with_unlabelled
 from attar.errors import UsageError
 from attar.files import is_reference, locate
-from attar.models import build, load_checkpoint, resolve
 from attar.stages.base import Context, Stage, stages
 from attar.student import Student
-from attar.tasks.base import Task
 from attar.training.config import Training
 from attar.training.evaluation import device_of, to_device
 from attar.training.objective import TaskObjective
@@ -46,66 +44,6 @@ PAIRED_AT_ONCE = 64
 """Of these at most so many in a batch, whatever their size."""
 
 Written = Annotated[dict[str, dict[str, Any]], BeforeValidator(written)]
-
-
-class Mentor(BaseModel):
-    """What to learn from instead of the recipe's teacher: another network (a model's name, its
-    arguments, and where its weights are, unless the library brings them), or a table of soft
-    labels (`answers`, a file; see `attar.distill.table`).
-
-    classes: which of the network's outputs belong to the data's classes, in their order; the others
-    are left out. The network then keeps its own number of classes (`arguments` say how many where
-    that isn't its default)."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    model: str | None = None
-    arguments: dict[str, Any] = Field(default_factory=dict)
-    checkpoint: str | None = None
-    answers: str | None = None
-    classes: Annotated[list[int], Field(min_length=1)] | None = None
-
-    @field_validator("classes")
-    @classmethod
-    def _distinct(cls, classes: list[int] | None) -> list[int] | None:
-        try:
-            require_distinct(classes or [])
-        except UsageError as error:
-            raise ValueError(str(error)) from None
-        return classes
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> Mentor:
-        if (self.model is None) == (self.answers is None):
-            raise ValueError("a teacher is either a `model` or a file of `answers`")
-        if self.answers is not None and (self.checkpoint or self.arguments or self.classes):
-            raise ValueError(
-                "`checkpoint`, `arguments` and `classes` belong to a `model`, not to `answers`"
-            )
-        return self
-
-    def load(self, data: Data, task: Task) -> nn.Module:
-        """The network with its weights, answering with the data's classes where `classes` say which
-        these are. Raises the `AttarError` of what is missing or wrong."""
-        assert self.model is not None
-        if self.classes is not None and len(self.classes) != len(data.classes):
-            raise UsageError(
-                f"distill: the teacher's `classes` name {len(self.classes):,} of its outputs and "
-                f"the data have {len(data.classes):,} classes: name one for each, in their order"
-            )
-        spec = resolve(
-            self.model,
-            self.arguments,
-            channels=data.shape[0] if data.shape else None,
-            classes=(len(data.classes) or None) if self.classes is None else None,
-            shape=data.shape,
-        )
-        module = build(spec, pretrained=self.checkpoint is None)
-        if self.checkpoint is not None:
-            load_checkpoint(module, self.checkpoint)
-        if self.classes is not None:
-            share_classes(module, self.classes, task, task.example(data))
-        return module.eval()
 
 
 @stages.register("distill")
@@ -150,7 +88,7 @@ class Distill(Stage, Training):
     @model_validator(mode="after")
     def _answers_suffice(self) -> Distill:
         """A table holds answers alone: whatever else is asked of it is refused before a run."""
-        if self.teacher is None or self.teacher.answers is None:
+        if self._table is None:
             return self
         for one in self.criteria:
             ((name, settings),) = one.items()
@@ -181,8 +119,7 @@ class Distill(Stage, Training):
             return self._taught(student, run, changes)
 
     def _taught(self, student: Student, run: Context, changes: ExitStack) -> Student:
-        table = self.teacher.answers if self.teacher is not None else None
-        mentor = self._mentor(run) if table is None else None
+        table, mentor = self._table, self._mentor(run)
         if mentor is None and table is None and self.criteria:
             raise UsageError("distill needs a teacher, and this recipe gives it none here")
         run = self._transferred(mentor, run)
@@ -222,8 +159,7 @@ class Distill(Stage, Training):
     def asked(self, student: nn.Module, run: Context) -> Teacher | None:
         """The live teacher with the inner layers that its answers would be kept of; `None` where no
         network is asked."""
-        table = self.teacher is not None and self.teacher.answers is not None
-        mentor = None if table else self._mentor(run)
+        mentor = self._mentor(run)
         criteria = self._built(self._pairs(student, mentor, run)).values()
         if mentor is None or not any(one.asks_teacher for one in criteria):
             return None
@@ -237,8 +173,15 @@ class Distill(Stage, Training):
             return total
         return self.transfer.count or round((self.transfer.fraction or 1) * total)
 
+    @property
+    def _table(self) -> str | None:
+        """The file of soft labels, where one teaches."""
+        return self.teacher.answers if self.teacher is not None else None
+
     def _mentor(self, run: Context) -> nn.Module | None:
-        """The network that teaches."""
+        """The network that teaches; `None` where a table does."""
+        if self._table is not None:
+            return None
         return self.teacher.load(run.data, run.task) if self.teacher is not None else run.teacher
 
     def _change(

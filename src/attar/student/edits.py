@@ -82,3 +82,14 @@ def edit_from(record: dict[str, Any], tensors: dict[str, Tensor]) -> Edit:
         raise CheckpointError(
             f"the student's record of kind {kind!r} is damaged: {type(error).__name__}: {error}"
         ) from None
+
+
+def submodule(module: nn.Module, path: str, what: str) -> nn.Module:
+    """The layer that an edit changed. what: what messages say was done to it, before the path.
+
+    Raises `CheckpointError` for a network that lacks it.
+    """
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        raise CheckpointError(f"{what} {path}, which the network doesn't have") from None
