@@ -15,27 +15,17 @@ interval lies above zero.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from common import RESULTS, conclude, options, show
-from scipy import stats
+from trainings import Log, gain, right
 
-from attar.measure.machine import environment
-from attar.pipeline.job import job_of
-from attar.recipe import Recipe, load_recipe
-from attar.stages.base import Context
-from attar.stages.distill import Distill
-from attar.store import Store
-from attar.training.evaluation import statistics_of
+from attar.recipe import load_recipe
 
 RECIPE = Path(__file__).with_suffix(".yaml")
-LOG = RESULTS / "distill_cifar10.jsonl"
+LOG = Log(RESULTS / "distill_cifar10.jsonl", RECIPE)
 ALONE = "alone"
 LAST = [{"student": "layer3", "teacher": "layer3"}]
 GROUPS = [{"student": f"layer{i}", "teacher": f"layer{i}"} for i in (1, 2, 3)]
@@ -69,75 +59,6 @@ def label_of(criterion: dict[str, dict[str, Any]]) -> str:
     return f"{name} standardized" if settings.get("standardize") else name
 
 
-def lines() -> list[dict[str, Any]]:
-    return [json.loads(x) for x in LOG.read_text().splitlines()] if LOG.exists() else []
-
-
-def setting(overrides: list[str], criterion: Any) -> str:
-    """What two trainings must have in common for one to stand for the other: what is written."""
-    recipe = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
-    text = json.dumps([recipe, overrides, criterion], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def train(recipe: Recipe, criterion: Any, label: str, setting: str) -> dict[str, Any]:
-    """One training, as a line of the log."""
-    job = job_of(recipe)
-    work = Path("runs") / "benchmarks" / recipe.name / f"{label}-{recipe.seed}"
-    (stage,) = job.stages
-    asked = [] if criterion is None else [criterion]
-    stage = Distill.model_validate({**stage.model_dump(), "criteria": asked})
-    run = Context(
-        task=job.task,
-        data=job.data,
-        teacher=job.teacher.fresh().module,
-        seed=job.seed,
-        work=work / setting,
-        store=Store(),
-        tell=progress,
-    )
-    started = time.perf_counter()
-    student = stage.apply(job.student.fresh(job.seed + 1), run)
-    validation, test = (
-        job.task.hits(statistics_of(student.module, split, job.task)).astype(bool)
-        for split in (job.data.validation, job.data.test)
-    )
-    return {
-        "criterion": label,
-        "settings": criterion,
-        "setting": setting,
-        "seed": recipe.seed,
-        "validation": float(validation.mean()),
-        "test": float(test.mean()),
-        "hits": np.packbits(test).tobytes().hex(),  # a bit for each test image
-        "seconds": round(time.perf_counter() - started),
-        "environment": environment(),
-    }
-
-
-def progress(event: dict[str, Any]) -> None:
-    if event["event"] == "epoch" and event["epoch"] % 10 == 0:
-        print(f"  {event['epoch']}: {event['metric']['value']:.4f}", flush=True)
-
-
-def gain(own: dict[int, np.ndarray], alone: dict[int, np.ndarray]) -> dict[str, float]:
-    """The mean difference over seeds and images, in points, and half its 95 % interval: Student's t
-    over the seeds' gains (training) joined with the images' (test), as variances add."""
-    seeds = sorted(set(own) & set(alone))
-    each = 100 * np.array([own[s].astype(float) - alone[s] for s in seeds])
-    by_seed, by_image = each.mean(1), each.mean(0)
-    images = by_image.var(ddof=1) / len(by_image)
-    if len(seeds) < 2:
-        return {"gain": each.mean(), "half": 1.96 * images**0.5, "seeds": len(seeds)}
-    # what the seeds' gains vary by on the same images, beyond the images' own draw
-    training = stats.t.ppf(0.975, len(seeds) - 1) * by_seed.std(ddof=1) / len(seeds) ** 0.5
-    return {
-        "gain": each.mean(),
-        "half": (training**2 + 1.96**2 * images) ** 0.5,
-        "seeds": len(seeds),
-    }
-
-
 def rounded(figures: dict[str, float]) -> dict[str, float]:
     return {name: round(float(value), 2) for name, value in figures.items()}
 
@@ -156,22 +77,18 @@ def main() -> None:
     for seed in range(arguments.seeds):
         recipe = load_recipe(str(RECIPE), [*overrides, f"seed={seed}"])
         for label, criterion in asked:
-            wanted = (label, seed, setting(overrides, criterion))
-            known = {(x["criterion"], x["seed"], x["setting"]): x for x in lines()}
-            if wanted not in known:
-                print(f"{label}, seed {seed}", flush=True)
-                known[wanted] = train(recipe, criterion, label, wanted[2])
-                if not arguments.quick:
-                    with LOG.open("a") as file:
-                        file.write(json.dumps(known[wanted]) + "\n")
-            found.append(known[wanted])
+            line = LOG.trained(
+                recipe,
+                label,
+                LOG.setting(overrides, criterion),
+                keep=not arguments.quick,
+                criteria=[criterion] if criterion else [],
+            )
+            found.append(line)
     report(found, arguments)
 
 
 def report(found: list[dict[str, Any]], arguments: Any) -> None:
-    def right(line: dict[str, Any]) -> np.ndarray:
-        return np.unpackbits(np.frombuffer(bytes.fromhex(line["hits"]), np.uint8))
-
     by: dict[str, list[dict[str, Any]]] = {}
     for line in found:
         by.setdefault(line["criterion"], []).append(line)

@@ -310,7 +310,7 @@ def test_answers_that_are_no_numbers_are_refused(augmented, tiny_net, tmp_path: 
         answers(net, augmented.train.with_views(VIEWS), tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["a bit", "the end", "all of it", "the index"])
+@pytest.mark.parametrize("damage", ["a bit", "the end", "all of it", "the index", "a part of it"])
 def test_damage_is_found_and_named(augmented, tiny_net, tmp_path: Path, damage: str) -> None:
     split, folder = augmented.train.with_views(VIEWS), tmp_path / "kept"
     answers(tiny_net(8), split, tmp_path, folder=str(folder))
@@ -323,8 +323,12 @@ def test_damage_is_found_and_named(augmented, tiny_net, tmp_path: Path, damage: 
         path.write_bytes(content[:-100])
     elif damage == "all of it":
         path.unlink()
-    else:
+    elif damage == "the index":
         (folder / "answers.json").write_text("{")
+    else:
+        made = json.loads((folder / "answers.json").read_text())
+        del made["count"]
+        (folder / "answers.json").write_text(json.dumps(made))
     batch = next(split.batches(32))
     with pytest.raises(StorageError, match=r"kept.* damaged"):
         found = StoredTeacher(folder)

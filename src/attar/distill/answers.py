@@ -21,6 +21,8 @@ SCHEMA = 1
 INDEX, PROGRESS = "answers.json", "progress.json"
 ENDING = ".answers.npy"
 LOGITS = "logits"
+PARTS = ("columns", "checksums", "count", "choice", "sketch", "attar", "torch")
+"""What `answers.json` says of its files, beside what was asked."""
 
 
 class Storing(BaseModel):
@@ -135,6 +137,8 @@ def read_index(folder: Path, name: str = INDEX) -> dict[str, Any]:
         if index["schema"] != SCHEMA:
             raise UsageError(f"{path} was written by a newer Attar (schema {index['schema']})")
         asked_in(index)
+        for part in PARTS if name == INDEX else ():
+            index[part]
         return index
 
 

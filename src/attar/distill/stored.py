@@ -16,6 +16,7 @@ from attar.distill.answers import (
     INDEX,
     LOGITS,
     PROGRESS,
+    SCHEMA,
     Asked,
     Storing,
     asked_in,
@@ -152,7 +153,7 @@ def stored(
 
 
 def _in_store(store: Store, asked: Asked, rebuild: bool, make: Callable[[Path], None]) -> Path:
-    key = key_of(answers=asked.written())
+    key = key_of(answers=asked.written(), schema=SCHEMA)
     if rebuild:
         store.discard(key)
 
