@@ -10,6 +10,8 @@ Events, by `event`, and their fields:
   value; on validation), lr, seconds, eta_s, best (whether this epoch is the best so far).
 - `trial`: of a search (`ratio: auto`): setting, value, metric, drop, kept (whether the budget
   holds).
+- `cell`: of a sensitivity analysis: name (of its layers), ratio, drop, done, of (how many are
+  measured, of how many).
 - `row`: row, a ledger row as in `ledger.json`.
 - `budget`: met, certain, figures (a list of name, limit, value, met).
 """

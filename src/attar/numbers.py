@@ -49,6 +49,11 @@ def tick(value: float, unit: str = "fraction") -> str:
     return f"{100 * value:.4g} %" if unit == "fraction" else f"{value:.4g}"
 
 
+def share(value: float) -> str:
+    """A share of a whole: `25 %`, `12.5 %`."""
+    return f"{100 * value:.4g} %"
+
+
 def size(count: float | None) -> str:
     """Bytes: `21.8 KB`. (Not `recipe.units.readable`: a page must not wait for torch's import.)"""
     if count is None or not known(count):

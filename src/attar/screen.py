@@ -118,6 +118,11 @@ class Screen:
             f"  tried {event['setting']} = {event['value']}: drop {drop}, {verdict}", style="dim"
         )
 
+    def _cell(self, event: dict[str, Any]) -> None:
+        self._progress.cell(event)
+        if self._live is None:
+            self._print(f"  {self._progress.words()}")
+
     def _row(self, event: dict[str, Any]) -> None:
         row = event["row"]
         if not self._teacher:
@@ -138,7 +143,7 @@ class Screen:
 
 
 class _Progress:
-    """The live line: stage, epoch, loss, metric, time left."""
+    """The live line: stage, epoch (or layer), loss, metric, time left."""
 
     def __init__(self) -> None:
         self.stage = ""
@@ -166,6 +171,13 @@ class _Progress:
         self._share = event["epoch"] / event["epochs"]
         self._metric = event["metric"]
         self._ends = time.monotonic() + event["eta_s"]
+
+    def cell(self, event: dict[str, Any]) -> None:
+        """Of a sensitivity analysis."""
+        self._label = f"{event['name']} at {numbers.share(event['ratio'])}"
+        self._epoch = f"{event['done']} of {event['of']}"
+        self._share = event["done"] / event["of"]
+        self._ends = self._began + (time.monotonic() - self._began) / self._share
 
     def _training(self, event: dict[str, Any]) -> None:
         if event["label"] != self._label:

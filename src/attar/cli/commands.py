@@ -49,6 +49,13 @@ class Part(StrEnum):
     train = "train"
 
 
+class Granularity(StrEnum):
+    """What pruning removes."""
+
+    channel = "channel"
+    weight = "weight"
+
+
 def _version(show: bool) -> None:
     if show:
         import attar
@@ -436,6 +443,100 @@ def compare(
     else:
         print_standings(found)
         typer.echo(f"page: {folder / 'comparison.html'}")
+
+
+@app.command()
+def sensitivity(
+    recipe: RecipeArgument,
+    ratios: Annotated[
+        str,
+        typer.Option(metavar="R,R,…", help="Shares of each layer to remove, between 0 and 1."),
+    ] = "0.25,0.5,0.75,0.9",
+    stage: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Look at the student after so many stages.",
+            show_default="before the first prune",
+        ),
+    ] = None,
+    granularity: Annotated[
+        Granularity | None,
+        typer.Option(help="What is removed.", show_default="as the recipe's prune"),
+    ] = None,
+    criterion: Annotated[
+        str | None,
+        typer.Option(
+            "--criterion",
+            "-k",
+            metavar="NAME",
+            help="What goes first: `attar list prune-criteria`.",
+            show_default="as the recipe's prune",
+        ),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--only", metavar="PATTERN", help="Layers to look at, by path, with *; several."
+        ),
+    ] = None,
+    examples: Annotated[
+        int, typer.Option(min=1, help="Validation examples to measure on, at most.")
+    ] = 2000,
+    settings: Settings = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="Where the figures go.", show_default="runs/NAME-sensitivity"
+        ),
+    ] = None,
+    trust: TrustOption = False,
+    as_json: Json = False,
+) -> None:
+    """Measure how much each layer of the student can be pruned, on validation, without retraining.
+
+    Only the recipe's stages before prune are run. One layer at a time loses a share of its channels
+    (layers that share channels, as in a residual stage, lose them together), or of its weights.
+    An analysis goes on where it was interrupted, and may be given more ratios later.
+
+    Examples:
+
+        attar sensitivity digits
+        attar sensitivity recipe.yaml --ratios 0.1,0.3,0.5 --only 'layer3.*'
+        attar sensitivity recipe.yaml --granularity weight --examples 500
+
+    What breaks early is worth a prune: {exclude: …}.
+    """
+    from attar.cli.printing import print_sensitivity
+    from attar.pipeline.sensitivity import sensitivity_of
+    from attar.recipe import load_recipe
+    from attar.screen import Screen, screen_console
+
+    loaded = load_recipe(recipe, settings)
+    folder = out or Path("runs") / f"{loaded.name}-sensitivity"
+    with Screen(screen_console(stderr=True)) as screen:
+        found = sensitivity_of(
+            loaded, folder, ratios=_numbers("ratios", ratios), stage=stage,
+            granularity=granularity.value if granularity else None, criterion=criterion,
+            only=only or (), examples=examples, tell=screen, trusted=_trust(trust),
+        )  # fmt: skip
+    if as_json:
+        print_json({"folder": str(folder), **found})
+    else:
+        print_sensitivity(found)
+        typer.echo(f"figures: {folder / 'sensitivity.json'}")
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    """Numbers with commas between them. Raises `UsageError`."""
+    from attar.errors import UsageError
+
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(
+            f"--{option} {text}: write numbers with commas between: 0.25,0.5"
+        ) from None
 
 
 def _trust(allowed: bool) -> Trust:

@@ -113,3 +113,34 @@ def print_standings(comparison: Mapping[str, Any]) -> None:
             *([numbers.metric(figure["value"]) if figure else ""] if in_print else []),
         )
     Console(highlight=False).print(shown)
+
+
+def print_sensitivity(record: Mapping[str, Any]) -> None:
+    """What each layer loses at each ratio; `record` is what `sensitivity.json` holds."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from attar import numbers
+
+    unit, limit = record["metric"]["unit"], record["limit"]
+
+    def drop(cell: Mapping[str, Any]) -> str:
+        if not cell["removed"]:
+            return numbers.ABSENT
+        kept = cell["drop"] is not None and cell["drop"] <= limit
+        return f"[{'green' if kept else 'red'}]{numbers.difference(cell['drop'], unit)}[/]"
+
+    shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    shown.add_column("layers", overflow="fold", ratio=1)
+    columns = [f"{record['granularity']}s", *(numbers.share(r) for r in record["ratios"])]
+    for name in (*columns, "can lose"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    for row in record["rows"]:
+        cells = [drop(cell) for cell in row["cells"]]
+        tolerated = numbers.share(row["tolerated"])
+        shown.add_row(escape(row["name"]), f"{row['size']:,}", *cells, tolerated)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 100)
+    console.print(shown)

@@ -8,16 +8,13 @@ from pathlib import Path
 
 from attar.errors import UsageError
 from attar.events import Listener, Log, several, silent
-from attar.models import inherit
 from attar.pipeline.details import details_of
-from attar.pipeline.job import Job, Origin, require_answers, require_runtime
+from attar.pipeline.job import Job, require_answers, require_runtime
 from attar.pipeline.ledger import Ledger
 from attar.pipeline.result import Run
 from attar.pipeline.steps import Steps
 from attar.store import Store, clear_run, full_disk_as_error, key_of, sole_writer, view, write_whole
 from attar.student import Student, save_student
-from attar.training.loop import train
-from attar.training.objective import TaskObjective
 
 
 def execute(
@@ -64,10 +61,10 @@ class _Execution:
         write_whole(self.folder / "recipe.yaml", job.text)
         for note in job.data.notes:
             ledger.note(note)
-        teacher, teacher_key = self.teacher()
+        teacher, teacher_key = self.steps.teacher()
         ledger.teacher_row(teacher, teacher_key)
         ledger.plain_rows(teacher, teacher_key)
-        student, key, origin = self.student(teacher, teacher_key)
+        student, key, origin = self.steps.student(teacher, teacher_key)
         for index, stage in enumerate(job.stages, start=1):
             name = f"{index:02}-{stage.name}"
             teaching = (teacher, teacher_key)
@@ -78,46 +75,6 @@ class _Execution:
             ledger.exported_row(stage.name, index, student, key, f"stages/{name}/bundle")
         self.deploy(student, key)
         return self.finish(student)
-
-    def teacher(self) -> tuple[Student, str]:
-        """The teacher: as handed in or loaded, else trained; then prepared by stages."""
-        job, origin = self.job, self.job.teacher
-        teacher, key = origin.fresh(job.seed), key_of(origin=origin.key, seed=job.seed)
-        if job.train is not None:
-            training = job.train
-            key = key_of(teacher=key, train=training.model_dump(), **self.steps.inputs())
-
-            def make(folder: Path, work: Path) -> None:
-                train(
-                    teacher.module,
-                    data=job.data,
-                    task=job.task,
-                    training=training,
-                    objective=TaskObjective(job.task, training.label_smoothing),
-                    seed=job.seed,
-                    checkpoint=work / "train.pt",
-                    tell=self.steps.recorder(work),
-                    label="teacher",
-                )
-                save_student(teacher, folder / "student")
-
-            teacher, _ = self.steps.compute("teacher", key, make, origin)
-        for index, stage in enumerate(job.prepare, start=1):
-            name = f"teacher-{index:02}-{stage.name}"
-            teacher, key, _ = self.steps.stage(stage, teacher, key, origin, (None, ""), name)
-        return teacher, key
-
-    def student(self, teacher: Student, teacher_key: str) -> tuple[Student, str, Origin]:
-        """The student before any stage, its key, and the origin its edits are replayed on."""
-        origin = self.job.student
-        if origin is None:
-            return teacher.copy(), teacher_key, self.job.teacher
-        seed = self.job.seed + 1  # not the teacher's initial weights
-        student, key = origin.fresh(seed), key_of(origin=origin.key, seed=seed)
-        if self.job.from_teacher:
-            inherit(student.module, teacher.module, self.job.from_teacher)
-            key = key_of(student=key, teacher=teacher_key, layers=self.job.from_teacher)
-        return student, key, origin
 
     def deploy(self, student: Student, key: str) -> None:
         """The last row: the graph optimised, beside the same graph with passes off."""

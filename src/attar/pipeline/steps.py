@@ -14,11 +14,14 @@ import torch
 
 import attar
 from attar.events import Listener, Log, several
+from attar.models import inherit
 from attar.pipeline.job import Job, Origin, content_of
 from attar.stages.base import Context, Stage
 from attar.store import Store, key_of
 from attar.student import Student, save_student
 from attar.student.fingerprint import source_of
+from attar.training.loop import train
+from attar.training.objective import TaskObjective
 
 
 class Steps:
@@ -29,7 +32,7 @@ class Steps:
     stages found out, by name.
     """
 
-    def __init__(self, job: Job, store: Store, log: Log, tell: Listener) -> None:
+    def __init__(self, job: Job, store: Store, log: Listener, tell: Listener) -> None:
         self.job, self.store = job, store
         self._log, self._tell = log, tell
         self._step = 0
@@ -42,6 +45,46 @@ class Steps:
         self._step += 1
         event = {"event": "stage", "name": name, "index": self._step, "of": self._of}
         self._tell({**event, "cached": cached})
+
+    def teacher(self) -> tuple[Student, str]:
+        """The teacher: as handed in or loaded, else trained; then prepared by stages."""
+        job, origin = self.job, self.job.teacher
+        teacher, key = origin.fresh(job.seed), key_of(origin=origin.key, seed=job.seed)
+        if job.train is not None:
+            training = job.train
+            key = key_of(teacher=key, train=training.model_dump(), **self.inputs())
+
+            def make(folder: Path, work: Path) -> None:
+                train(
+                    teacher.module,
+                    data=job.data,
+                    task=job.task,
+                    training=training,
+                    objective=TaskObjective(job.task, training.label_smoothing),
+                    seed=job.seed,
+                    checkpoint=work / "train.pt",
+                    tell=self.recorder(work),
+                    label="teacher",
+                )
+                save_student(teacher, folder / "student")
+
+            teacher, _ = self.compute("teacher", key, make, origin)
+        for index, stage in enumerate(job.prepare, start=1):
+            name = f"teacher-{index:02}-{stage.name}"
+            teacher, key, _ = self.stage(stage, teacher, key, origin, (None, ""), name)
+        return teacher, key
+
+    def student(self, teacher: Student, teacher_key: str) -> tuple[Student, str, Origin]:
+        """The student before any stage, its key, and the origin its edits are replayed on."""
+        origin = self.job.student
+        if origin is None:
+            return teacher.copy(), teacher_key, self.job.teacher
+        seed = self.job.seed + 1  # not the teacher's initial weights
+        student, key = origin.fresh(seed), key_of(origin=origin.key, seed=seed)
+        if self.job.from_teacher:
+            inherit(student.module, teacher.module, self.job.from_teacher)
+            key = key_of(student=key, teacher=teacher_key, layers=self.job.from_teacher)
+        return student, key, origin
 
     def stage(
         self,
