@@ -63,7 +63,8 @@ def test_help_and_mistakes_wait_for_no_heavy_import() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["run", "check", "init", "list", "evaluate", "predict", "bench", "report"]
+    "command",
+    ["run", "check", "init", "list", "evaluate", "predict", "bench", "report", "sensitivity"],
 )
 def test_every_command_teaches_by_example(command: str) -> None:
     result = attar(command, "--help")

@@ -487,7 +487,7 @@ def sensitivity(
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", "-o", help="Where the figures go.", show_default="runs/NAME-sensitivity"
+            "--out", "-o", help="Where the page goes.", show_default="runs/NAME-sensitivity"
         ),
     ] = None,
     trust: TrustOption = False,
@@ -505,7 +505,7 @@ def sensitivity(
         attar sensitivity recipe.yaml --ratios 0.1,0.3,0.5 --only 'layer3.*'
         attar sensitivity recipe.yaml --granularity weight --examples 500
 
-    What breaks early is worth a prune: {exclude: …}.
+    The folder's sensitivity.html shows it. What breaks first is worth a prune: {exclude: …}.
     """
     from attar.cli.printing import print_sensitivity
     from attar.pipeline.sensitivity import sensitivity_of
@@ -524,7 +524,7 @@ def sensitivity(
         print_json({"folder": str(folder), **found})
     else:
         print_sensitivity(found)
-        typer.echo(f"figures: {folder / 'sensitivity.json'}")
+        typer.echo(f"page: {folder / 'sensitivity.html'}")
 
 
 def _numbers(option: str, text: str) -> list[float]:

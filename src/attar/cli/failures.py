@@ -87,6 +87,8 @@ def _is_usage(error: Exception) -> bool:
 
 
 def _how_to_go_on(argv: list[str]) -> str:
+    if {"compare", "sensitivity"} & set(argv):
+        return "; the same command goes on"
     if "run" not in argv:
         return ""
     rest = [a for a in argv[1:] if a not in {"--resume", "--overwrite"}]

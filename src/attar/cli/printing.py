@@ -122,6 +122,7 @@ def print_sensitivity(record: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     from attar import numbers
+    from attar.report.sensitivity import cautions, measured, sentences, tolerated
 
     unit, limit = record["metric"]["unit"], record["limit"]
 
@@ -138,9 +139,20 @@ def print_sensitivity(record: Mapping[str, Any]) -> None:
         shown.add_column(name, justify="right", no_wrap=True)
     for row in record["rows"]:
         cells = [drop(cell) for cell in row["cells"]]
-        tolerated = numbers.share(row["tolerated"])
-        shown.add_row(escape(row["name"]), f"{row['size']:,}", *cells, tolerated)
+        shown.add_row(escape(row["name"]), f"{row['size']:,}", *cells, tolerated(row))
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, 100)
+    print_lines([f"{measured(record)}; drops{_counted(unit)} by the share removed:", ""])
     console.print(shown)
+    print_lines(["", *sentences(record), *cautions(record)])
+    if record["kept"]:
+        print_lines(f"not pruned: {layer}: {why}" for layer, why in record["kept"].items())
+
+
+def _counted(unit: str) -> str:
+    """What drops are counted in, to be written after the word."""
+    from attar import numbers
+
+    counted = numbers.points(unit)
+    return f" in{counted}" if counted else ""

@@ -1,5 +1,5 @@
 """How much each layer of a recipe's student can be pruned: measured on validation, kept by content,
-written as `sensitivity.json`."""
+written as `sensitivity.json` and a page."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def sensitivity_of(
     trusted: Trust = False,
 ) -> dict[str, Any]:
     """Runs the recipe's stages up to `prune`, unless that was done before, and measures what each
-    layer can lose; writes `sensitivity.json` into `folder`.
+    layer can lose; writes `sensitivity.json` and `sensitivity.html` into `folder`.
 
     ratios: shares of each layer to remove. stage: look at the student after so many of the stages;
     default: those before the first `prune`, or before whatever pruning can't follow. granularity,
@@ -129,6 +129,7 @@ def write_sensitivity(record: dict[str, Any], folder: Path) -> Path:
 
     text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
     write_whole(folder / "sensitivity.json", text)
+    return write_page(folder)
     return write_page(folder)
 
 

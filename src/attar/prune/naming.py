@@ -53,7 +53,7 @@ def joined(layers: Sequence[str]) -> str:
 
 def _ranges(names: list[list[str]]) -> list[str]:
     """Names of the same words around other numbers, told by the number that shortens them most."""
-    ways = [_ranges_at(names, place) for place in range(1, len(names[0]), 2)]
+    ways = [_ranges_at(names, place) for place in reversed(range(1, len(names[0]), 2))]
     return min(ways, key=len, default=["".join(parts) for parts in names])
 
 

@@ -62,14 +62,16 @@ class Row:
         """Its layers in few words."""
         return joined(self.layers)
 
+    def breaking(self, limit: float) -> Cell | None:
+        """The first cell whose drop exceeds `limit`, or is no number."""
+        return next((cell for cell in self.cells if not cell.drop <= limit), None)
+
     def tolerated(self, limit: float) -> float:
         """The largest ratio up to which no drop exceeds `limit`; 0 where the first one does."""
-        reached = 0.0
-        for cell in self.cells:
-            if not cell.drop <= limit:
-                break
-            reached = cell.ratio
-        return reached
+        first = self.breaking(limit)
+        return max(
+            (c.ratio for c in self.cells if first is None or c.ratio < first.ratio), default=0.0
+        )
 
 
 @dataclass(frozen=True)
@@ -88,11 +90,12 @@ class Sensitivity:
     kept: dict[str, str]
 
     def ranked(self, limit: float) -> list[Row]:
-        """The most sensitive first: those that lose least within `limit`, then those that drop
-        most on average."""
+        """The most sensitive first: those that can lose least within `limit`, and of several those
+        that drop most by the ratio after."""
 
         def rank(row: Row) -> tuple[float, float]:
-            return row.tolerated(limit), -math.fsum(c.drop for c in row.cells) / len(row.cells)
+            drop = (row.breaking(limit) or row.cells[-1]).drop
+            return row.tolerated(limit), -math.inf if math.isnan(drop) else -drop
 
         return sorted(self.rows, key=rank)
 
