@@ -127,7 +127,7 @@ def sensitivity(
     example: real inputs, batch first; the first is traced, and every narrower network must answer
         on all as the masked one does.
     evaluate: from a network, in eval mode and without gradients, to its metric; drops are in the
-        metric's unit. It is called once for the whole network and once a cell.
+        metric's unit. It is called once for the whole network and at most once a cell.
     criterion: what goes first, as in `prune_channels` and `prune_weights`.
     granularity: `channel`, a row for all layers that share channels (a residual stage, say), or
         `weight`, a row for each weight matrix.
