@@ -1,5 +1,6 @@
 """What must be pruned together: the network without channels answers as the masked one does."""
 
+import copy
 from functools import cache
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from attar.errors import ExportError
 from attar.models.cifar_resnet import CifarResNet
 from attar.prune import ChannelGraph, RemovalFailed, channel_graph
+from attar.prune.heads import heads_to_free
 from attar.prune.labels import NOTHING, Ties, tidy, varying
 from attar.prune.removal import removal_of, remove_verified
 
@@ -31,6 +33,8 @@ def lively(module: nn.Module) -> nn.Module:
 
 def halve(module: nn.Module, example: tuple[Tensor, ...]) -> tuple[nn.Module, ChannelGraph]:
     """The network without a random half of each layer's channels, verified."""
+    module = copy.deepcopy(module)
+    heads_to_free(module).replay(module)
     graph = channel_graph(module, tuple(x[:1] for x in example))
     free, gone = set(graph.prunable().tolist()), []
     rng = np.random.default_rng(0)
@@ -38,7 +42,7 @@ def halve(module: nn.Module, example: tuple[Tensor, ...]) -> tuple[nn.Module, Ch
         mine = sorted(free.intersection(place.atoms.tolist()))
         gone += rng.permutation(mine)[: len(mine) // 2].tolist()
         free.difference_update(mine)
-    return remove_verified(module, removal_of(graph, gone), example), graph
+    return remove_verified(module, removal_of(graph, gone), example, graph=graph), graph
 
 
 def size(module: nn.Module) -> int:
@@ -135,8 +139,7 @@ class Recurring(nn.Module):
         (Flattened, {"10"}),
         (SqueezeExcite, {"spatial", "head"}),
         (Branches, {"head"}),
-        (Mixer, {"widen", "block.self_attn.in_proj_weight", "block.self_attn.out_proj",
-                 "block.linear2", "head"}),
+        (Mixer, {"head"}),
         (Recurring, {"head"}),
         (lambda: CifarResNet((2, 2, 2), 3, 5), {"linear"}),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +13,12 @@ from torch import nn
 from attar.errors import UsageError
 from attar.prune.criteria.base import Calls, Criterion
 from attar.prune.groups import ChannelGraph, channel_graph, first_of_batch
+from attar.prune.heads import HeadsFreed, freed_within, heads_to_free
 from attar.prune.naming import matching
 from attar.prune.removal import (
     ChannelsRemoved,
     RemovalFailed,
+    answers_alike,
     guilty,
     removal_of,
     remove_verified,
@@ -24,6 +27,7 @@ from attar.prune.selection import Scope, Selection, Widths, atom_scores, select_
 from attar.prune.trace import OUTPUT
 from attar.prune.weights import Masked
 from attar.student import Student
+from attar.student.edits import Edit
 from attar.training.evaluation import evaluating
 
 
@@ -92,20 +96,18 @@ def prune_channels(
         >>> pruned.widths["0"], student.module[2].in_features
         ((32, 16), 16)
     """
-    module = student.module
     _check(criterion, ratio, threshold, calls)
+    module, freed = _with_free_heads(student.module, example)
     with evaluating(module):
         if criterion.needs_data and calls is not None:
             criterion.observe(module, calls)
     graph = channel_graph(module, first_of_batch(example))
     _exclude(graph, exclude)
-    scores = atom_scores(module, graph, criterion, absolute=threshold is not None)
-    undone: dict[str, str] = {}
 
     def select() -> Selection:
         return select_channels(
             graph,
-            scores,
+            atom_scores(module, graph, criterion, absolute=threshold is not None),
             widths=widths or Widths(),
             ratio=ratio,
             threshold=threshold,
@@ -114,17 +116,44 @@ def prune_channels(
         )
 
     chosen = select()
-    narrow, removal = _attempt(module, graph, chosen.atoms, example)
-    if narrow is None:
+    removal, failure = _attempt(module, graph, chosen.atoms, example)
+    while failure and _tie_widths(graph, failure):
+        chosen = select()
+        removal, failure = _attempt(module, graph, chosen.atoms, example)
+    undone: dict[str, str] = {}
+    if failure:
         undone = _freeze_guilty(module, graph, chosen.atoms, example)
         chosen = select()
         removal = removal_of(graph, chosen.atoms)
-        narrow = remove_verified(module, removal, example)
+        remove_verified(module, removal, example, graph=graph)
     pruned = Pruned(_widths(graph, chosen.atoms), graph.kept_whole(), chosen.floored, undone)
     if not removal.removed:
         return student.copy(), pruned
-    edits = [e.without(removal) if isinstance(e, Masked) else e for e in student.edits]
-    return Student(narrow, student.spec, [*edits, removal]), pruned
+    return _narrowed(student, freed, removal), pruned
+
+
+def _with_free_heads(module: nn.Module, example: tuple[Any, ...]) -> tuple[nn.Module, HeadsFreed]:
+    """The network with attention whose heads can be removed, where it answers as before."""
+    freed = heads_to_free(module)
+    if not freed.head_dims:
+        return module, freed
+    free = copy.deepcopy(module)
+    freed.replay(free)
+    if answers_alike(module, free, example):
+        return free, freed
+    return module, HeadsFreed({})
+
+
+def _narrowed(student: Student, freed: HeadsFreed, removal: ChannelsRemoved) -> Student:
+    """The student without those channels, its masks too; attention that lost none as it was."""
+    freed = freed_within(freed, removal.removed)
+    module = copy.deepcopy(student.module)
+    freed.replay(module)
+    removal.replay(module)
+    edits: list[Edit] = [e.without(removal) if isinstance(e, Masked) else e for e in student.edits]
+    if freed.head_dims:
+        edits.append(freed)
+    return Student(module, student.spec, [*edits, removal])
 
 
 def _check(
@@ -142,12 +171,29 @@ def _check(
 
 def _attempt(
     module: nn.Module, graph: ChannelGraph, atoms: np.ndarray, example: tuple[Any, ...]
-) -> tuple[nn.Module | None, ChannelsRemoved]:
+) -> tuple[ChannelsRemoved, str | None]:
+    """The removal of these atoms, and how it fails, if it does."""
     removal = removal_of(graph, atoms)
     try:
-        return remove_verified(module, removal, example), removal
-    except RemovalFailed:
-        return None, removal
+        remove_verified(module, removal, example, graph=graph)
+    except RemovalFailed as error:
+        return removal, str(error)
+    return removal, None
+
+
+def _tie_widths(graph: ChannelGraph, failure: str) -> bool:
+    """Ties what may have to be as wide as what at the line that a removal failed at, such as
+    attention's heads and the network's width where code reads one off the other. False where
+    there is nothing more to tie."""
+    apart = [(line, a, b) for line, a, b in graph.widths if line and (a != b).any()]
+    file = failure.partition(" at ")[2].partition(":")[0]
+    here = [w for w in apart if f" at {w[0]}:" in failure]
+    near = [w for w in apart if file and w[0].startswith(f"{file}:")]
+    for tied in (here, near):
+        if tied:
+            graph.merge(*(np.concatenate(side) for side in list(zip(*tied, strict=True))[1:]))
+            return True
+    return False
 
 
 def _freeze_guilty(
@@ -157,7 +203,7 @@ def _freeze_guilty(
 
     def fails(some: np.ndarray) -> str | None:
         try:
-            remove_verified(module, removal_of(graph, some), example)
+            remove_verified(module, removal_of(graph, some), example, graph=graph)
         except RemovalFailed as error:
             return str(error)
         return None

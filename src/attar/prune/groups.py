@@ -9,11 +9,13 @@ it occurs in.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 from torch import nn
 
 from attar.prune.trace import Role, Trace
@@ -39,17 +41,32 @@ class Place:
         return self.path.removesuffix(".weight")
 
 
+@dataclass(frozen=True)
+class JointPlace:
+    """An operator that computes over channels: `node` of the exported graph, along dimension `dim`
+    of its first input. atoms: int64 (size,), the atom of each index."""
+
+    node: str
+    dim: int
+    atoms: np.ndarray
+
+
 @dataclass
 class ChannelGraph:
     """A network's atoms: where they occur and which must stay.
 
     frozen: why an atom can't be removed, by atom; what is not in it can be. reshapes: operators
-    that give atoms a new shape, which their code may fix.
+    that give atoms a new shape, which their code may fix. joint: operators that compute over
+    channels, as `program`, the exported graph, has them. widths: by line of code, atoms that may
+    have to go together there, for a size that was read off another tensor.
     """
 
     places: list[Place]
+    program: torch.export.ExportedProgram
     frozen: dict[int, str] = field(default_factory=dict)
     reshapes: list[tuple[np.ndarray, str]] = field(default_factory=list)
+    joint: list[JointPlace] = field(default_factory=list)
+    widths: list[tuple[str, np.ndarray, np.ndarray]] = field(default_factory=list)
 
     @property
     def producers(self) -> list[Place]:
@@ -66,6 +83,24 @@ class ChannelGraph:
         """Keeps atoms from being removed; the first reason given is the one reported."""
         for atom in atoms:
             self.frozen.setdefault(int(atom), reason)
+
+    def merge(self, a: np.ndarray, b: np.ndarray) -> None:
+        """Makes one of atoms that meet in two arrays: from now on they go together."""
+        count = 1 + max(int(p.atoms.max(initial=-1)) for p in self.places)
+        meeting = (a >= 0) & (b >= 0)
+        pairs = coo_matrix((np.ones(meeting.sum()), (a[meeting], b[meeting])), shape=(count, count))
+        atoms = connected_components(pairs, directed=False)[1]
+
+        def merged(old: np.ndarray) -> np.ndarray:
+            return np.where(old >= 0, atoms[old], old)
+
+        self.places = [replace(p, atoms=merged(p.atoms)) for p in self.places]
+        self.joint = [replace(j, atoms=merged(j.atoms)) for j in self.joint]
+        self.reshapes = [(merged(found), said) for found, said in self.reshapes]
+        self.widths = [(line, merged(a), merged(b)) for line, a, b in self.widths]
+        frozen, self.frozen = self.frozen, {}
+        for atom, reason in frozen.items():
+            self.freeze([int(atoms[atom])], reason)
 
     def kept_whole(self) -> dict[str, str]:
         """Layers none of whose output channels can be removed, and why."""
@@ -118,8 +153,11 @@ def channel_graph(module: nn.Module, example: tuple[Any, ...]) -> ChannelGraph:
         [
             Place(axis.path, axis.at, axis.role, atoms[axis.start : axis.start + axis.size])
             for axis in sorted(trace.axes.values(), key=lambda axis: axis.start)
-        ]
+        ],
+        trace.program,
     )
+    graph.widths = [(line, atoms[a.numpy()], atoms[b.numpy()]) for line, a, b in trace.widths]
+    graph.joint = [JointPlace(j.node, j.dim, atoms[j.labels.numpy()]) for j in trace.joint]
     for slots, reason in trace.reasons:
         graph.freeze(np.unique(atoms[slots.numpy()]), reason)
     graph.reshapes = [(atoms[slots[slots >= 0].numpy()], said) for slots, said in trace.reshapes]

@@ -102,3 +102,9 @@ class Ties:
             (np.ones(pairs.shape[1], np.int8), (pairs[0], pairs[1])), shape=(self.count, self.count)
         )
         return connected_components(graph, directed=False)[1].astype(np.int64)
+
+    def representatives(self) -> Tensor:
+        """The first slot of each slot's atom, int64 (count,)."""
+        atoms = self.atoms()
+        _, first = np.unique(atoms, return_index=True)
+        return torch.from_numpy(first[atoms])

@@ -14,13 +14,30 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from attar.prune.labels import NOTHING, stored, varying
+from attar.prune.labels import NOTHING, stored, tidy, varying
 
 if TYPE_CHECKING:
     from attar.prune.trace import Trace, Weight
 
 Rule = Callable[["Trace", Node, dict[str, Any]], Any]
+SPLITS = {"view", "_unsafe_view", "reshape", "unflatten"}
+"""Operators that may spread channels over several dimensions."""
+SIZED = SPLITS | {"split"}
+"""Operators whose sizes may be written into the code."""
+LATE = SPLITS | {
+    "view_as", "reshape_as", "flatten", "permute", "transpose", "t", "mT", "squeeze", "unsqueeze",
+    "expand", "expand_as", "movedim", "swapaxes", "swapdims", "repeat_interleave", "stack", "cat",
+    "select", "slice", "narrow", "split", "chunk", "unbind", "split_with_sizes", "getitem",
+    "contiguous", "clone", "to", "_to_copy", "dropout", "_assert_tensor_metadata", "mul", "add",
+    "sub", "div", "neg", "pow", "rsqrt", "sqrt", "clamp_min", "relu", "linalg_vector_norm", "norm",
+    "sum", "mean", "layer_norm", "rms_norm", "softmax", "_softmax", "masked_fill", "where",
+    "scaled_dot_product_attention", "matmul", "bmm", "einsum",
+}  # fmt: skip
+"""Operators that take labels still spread over several dimensions."""
+_REDUCED_JOINTLY = {"mean", "sum", "var", "std", "linalg_vector_norm"}
+_ATTENDS = "weighs values by how queries fit keys"
 _COMPUTED = "has a weight that is computed, not stored"
+_JOINTLY = "normalises channels by one another"
 rules: dict[str, Rule] = {}
 """By operator name without namespace, overload or in-place underscore: `relu`, `conv2d`."""
 
@@ -93,15 +110,32 @@ def transposed_convolution(trace: Trace, node: Node, a: dict[str, Any]) -> Tenso
 
 @rule("linear")
 def linear(trace: Trace, node: Node, a: dict[str, Any]) -> Tensor:
-    """Outputs are new channels; the weight's columns go with the input's last dimension."""
-    weight = trace.weight(a["weight"])
+    """Outputs are new channels; the weight's columns go with the input's last dimension. Where
+    channels lie along another, it mixes their positions, which all stay."""
+    return _dense(trace, node, a["input"], a["weight"], a["bias"], inputs=1)
+
+
+@rule("addmm")
+def dense(trace: Trace, node: Node, a: dict[str, Any]) -> Tensor:
+    """A linear layer whose weight has its inputs first."""
+    return _dense(trace, node, a["mat1"], a["mat2"], a["self"], inputs=0)
+
+
+def _dense(trace: Trace, node: Node, x: Tensor, w: Any, bias: Any, inputs: int) -> Tensor:
+    """x · W + b, with a weight that has its inputs along dimension `inputs`."""
+    weight, shape = trace.weight(w), node.meta["val"].shape
     if weight is None:
-        return trace.opaque(node, [a["input"]], _COMPUTED)
-    x = trace.channels(a["input"], a["input"].dim() - 1)
-    trace.ties.tie(trace.axis(weight.path, 1, len(x), "in"), x)
-    out = trace.producer(weight, 0, a["bias"])
-    shape = node.meta["val"].shape
-    return _along(out, shape, len(shape) - 1)
+        return trace.opaque(node, [x, *_labels_among(w, bias)], _COMPUTED)
+    last = x.dim() - 1
+    if varying(x) and last not in varying(x):
+        return _first(x, [last]).expand(shape)
+    channels = trace.channels(x, last)
+    trace.ties.tie(trace.axis(weight.path, inputs, len(channels), "in"), channels)
+    return _along(trace.producer(weight, 1 - inputs, bias), shape, len(shape) - 1)
+
+
+def _labels_among(*values: Any) -> list[Tensor]:
+    return [v for v in values if isinstance(v, Tensor)]
 
 
 @rule("embedding")
@@ -134,20 +168,32 @@ def prelu(trace: Trace, node: Node, a: dict[str, Any]) -> Tensor:
 
 @rule("layer_norm", "rms_norm")
 def norm_over_channels(trace: Trace, node: Node, a: dict[str, Any]) -> Tensor:
-    """Channels normalised by one another must all stay: without one, the others change."""
-    shape = a["normalized_shape"]
-    normalised = range(a["input"].dim() - len(shape), a["input"].dim())
-    _keep_where_varying(trace, node, a["input"], normalised, "normalises channels by one another")
-    return a["input"]
+    """Channels are normalised by one another: those that stay, by those that stay. The width is
+    written into the code where the norm has no parameters, and where it is over positions too."""
+    x, width = a["input"], len(a["normalized_shape"])
+    last = x.dim() - 1
+    parameters = [a[name] for name in ("weight", "bias") if a.get(name) is not None]
+    if width > 1 or varying(x) != [last] or not any(trace.weight(p) for p in parameters):
+        return trace.whole(x, range(x.dim() - width, x.dim()), node, _JOINTLY)
+    channels = trace.over(x, last, node)
+    for parameter in parameters:
+        trace.follow(parameter, 0, channels)
+    return x
 
 
 @rule("group_norm")
 def group_norm(trace: Trace, node: Node, a: dict[str, Any]) -> Tensor:
-    """Groups of one channel are channels by themselves; larger ones must stay whole."""
+    """Groups of one channel are channels by themselves, one group of all is a norm over them;
+    others must stay whole."""
+    if a["num_groups"] == 1 < a["input"].shape[1] and 1 in varying(a["input"]):
+        x = trace.over(a["input"], 1, node)
+        for name in ("weight", "bias"):
+            if a[name] is not None:
+                trace.follow(a[name], 0, x)
+        return a["input"]
     x = trace.channels(a["input"], 1)
     if a["num_groups"] != len(x):
-        _keep_where_varying(trace, node, a["input"], [1], "normalises channels by one another")
-        return a["input"]
+        return trace.whole(a["input"], [1], node, _JOINTLY)
     for name in ("weight", "bias"):
         if a[name] is not None:
             trace.follow(a[name], 0, x)
@@ -161,7 +207,8 @@ def group_norm(trace: Trace, node: Node, a: dict[str, Any]) -> Tensor:
 @rule(
     "dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "contiguous", "clone",
     "to", "_to_copy", "type_as", "alias", "detach", "lift_fresh_copy", "lift_fresh", "hardswish",
-    "relu6", "floor_divide", "masked_fill", "where", "rsub", "log_sigmoid", "celu", "mish",
+    "relu6", "__and__", "__or__", "floor_divide", "masked_fill", "where", "rsub", "log_sigmoid",
+    "celu", "mish",
 )  # fmt: skip
 def elementwise(trace: Trace, node: Node, a: dict[str, Any]) -> Tensor:
     """Channels that meet in one element are tied."""
@@ -176,11 +223,12 @@ def elementwise(trace: Trace, node: Node, a: dict[str, Any]) -> Tensor:
 
 def _meet(trace: Trace, node: Node, inputs: list[tuple[Tensor, list[int]]]) -> Tensor:
     """Ties operands of one shape, each with the dimensions it was repeated along to get it."""
+    inputs = _beside_fixed(trace, node, inputs)
     moving = {d for labels, _ in inputs for d in varying(labels)}
     result: Tensor | None = None
     for labels, repeated in sorted(inputs, key=lambda pair: len(varying(pair[0]))):
         if moving.intersection(repeated):
-            if bool((labels >= 0).any()):
+            if bool((stored(labels) >= 0).any()):
                 trace.freeze(labels, node, "spreads one channel over several")
             continue
         if result is not None:
@@ -189,6 +237,22 @@ def _meet(trace: Trace, node: Node, inputs: list[tuple[Tensor, list[int]]]) -> T
     return (
         trace.opaque(node, [v for v, _ in inputs], "crosses channels") if result is None else result
     )
+
+
+def _beside_fixed(
+    trace: Trace, node: Node, inputs: list[tuple[Tensor, list[int]]]
+) -> list[tuple[Tensor, list[int]]]:
+    """Operands spread over several dimensions, tied along those in which another, that is repeated
+    along the rest, has its own extent: a rotation of each head's units leaves heads free."""
+    result = []
+    for x, repeated in inputs:
+        mine = varying(x)
+        for labels, others in inputs if len(mine) > 1 else ():
+            fixed = [d for d in mine if d not in others]
+            if 0 < len(fixed) < len(mine) and bool((stored(labels) >= 0).any()):
+                x = trace.whole(x, fixed, node, "meets what is as wide as they are many")
+        result.append((x, repeated))
+    return result
 
 
 def _filled(labels: Tensor, others: Tensor) -> Tensor:
@@ -232,7 +296,8 @@ def _resized(trace: Trace, node: Node, x: Tensor, shape: torch.Size) -> Tensor:
     "linalg_vector_norm", "norm", "logsumexp", "any", "all",
 )  # fmt: skip
 def reduce(trace: Trace, node: Node, a: dict[str, Any]) -> Any:
-    """Fine over positions; over channels, all of them count."""
+    """Fine over positions. A mean or a sum over all channels is one over those that stay; for
+    others, all of them count."""
     if "other" in a:  # max and min of two tensors
         return elementwise(trace, node, a)
     x = a["self"] if "self" in a else a["x"]
@@ -240,7 +305,12 @@ def reduce(trace: Trace, node: Node, a: dict[str, Any]) -> Any:
     dims = range(x.dim()) if given in (None, []) else ([given] if isinstance(given, int) else given)
     dims = [d % max(x.dim(), 1) for d in dims]
     if set(dims) & set(varying(x)):
-        return trace.opaque(node, [x], "reduces over channels")
+        if name_of(node.target) in _REDUCED_JOINTLY and varying(x) == dims:
+            trace.over(x, dims[0], node)
+            return trace.each(node, lambda shape: torch.tensor(NOTHING).expand(shape))
+        if len(varying(x)) == 1:
+            return trace.opaque(node, [x], "reduces over channels")
+        x = trace.whole(x, dims, node, "reduces over channels")
     kept = _first(x, dims)
     if not a.get("keepdim", False):
         kept = kept.squeeze(dims)
@@ -250,8 +320,125 @@ def reduce(trace: Trace, node: Node, a: dict[str, Any]) -> Any:
 @rule("softmax", "log_softmax", "_softmax", "cumsum", "sort")
 def along(trace: Trace, node: Node, a: dict[str, Any]) -> Any:
     """Fine along positions; along channels, all of them count."""
-    _keep_where_varying(trace, node, a["self"], [a["dim"]], "weighs channels against one another")
-    return trace.each(node, lambda shape: a["self"])
+    x = trace.whole(a["self"], [a["dim"]], node, "weighs channels against one another")
+    return trace.each(node, lambda shape: x)
+
+
+@rule("scaled_dot_product_attention")
+def attention(trace: Trace, node: Node, a: dict[str, Any]) -> Tensor:
+    """Heads go whole, queries with their keys and values. The units of a head must stay: by their
+    number the scores are scaled; those of a value may go where there is one head only."""
+    q, k = (trace.whole(a[name], [-1, -2], node, _ATTENDS) for name in ("query", "key"))
+    v = trace.whole(a["value"], [-2], node, _ATTENDS)
+    if len(varying(v)) > 1:
+        v = trace.whole(v, [-1], node, _ATTENDS)
+    shape = node.meta["val"].shape
+    heads = [_first(x, [x.dim() - 1, x.dim() - 2]) for x in (q, k)]
+    if v.dim() - 1 not in varying(v):
+        heads.append(_first(v, [v.dim() - 1, v.dim() - 2]))
+    if a["attn_mask"] is not None and a["attn_mask"].dim() == len(shape):
+        mask = trace.whole(a["attn_mask"], [-1, -2], node, _ATTENDS)
+        heads.append(_first(mask, [mask.dim() - 1, mask.dim() - 2]))
+    joined = heads[0]
+    for other in heads[1:]:
+        if other.shape[-3:-2] != joined.shape[-3:-2] and other.shape[-3] > 1:
+            shared = other.repeat_interleave(joined.shape[-3] // other.shape[-3], dim=-3)
+            trace.ties.tie(joined, shared)
+        else:
+            joined = _meet(trace, node, [_broadcast(x, joined.shape) for x in (joined, other)])
+    return (
+        _first(v, [v.dim() - 2]).expand(shape)
+        if v.dim() - 1 in varying(v)
+        else (joined.expand(shape))
+    )
+
+
+@rule("matmul", "bmm")
+def product(trace: Trace, node: Node, a: dict[str, Any]) -> Any:
+    """Rows of the first with columns of the second; in attention, heads with heads."""
+    x, y = a["self"], a["other"] if "other" in a else a["mat2"]
+    if x.dim() < 2 or y.dim() < 2:
+        return trace.opaque(node, [x, y], "is a product whose channels Attar can't follow")
+    return _contracted(
+        trace, node, _letters(x, -1, "row", "inner"), _letters(y, -1, "inner", "column"),
+        [*range(node.meta["val"].dim() - 2), "row", "column"],
+    )  # fmt: skip
+
+
+@rule("einsum")
+def einsum(trace: Trace, node: Node, a: dict[str, Any]) -> Any:
+    """As a product, of two operands."""
+    equation, operands = a["equation"].replace(" ", ""), list(a["tensors"])
+    given, _, result = equation.partition("->")
+    terms = given.split(",")
+    plain = result and "." not in equation and all(len(set(t)) == len(t) for t in terms)
+    if len(operands) != 2 or not plain:
+        return trace.opaque(node, operands, "is a product whose channels Attar can't follow")
+    (x, y), (of_x, of_y) = operands, terms
+    return _contracted(trace, node, (x, list(of_x)), (y, list(of_y)), list(result))
+
+
+Named = tuple[Tensor, list[Any]]
+"""Labels with a name for each of their dimensions; equal names meet."""
+
+
+def _letters(x: Tensor, d: int, row: str, column: str) -> Named:
+    """A matrix' dimensions by name; those of the batch by their place from the right."""
+    batch = x.dim() - 2
+    return x, [*range(-batch, 0), row, column]
+
+
+def _contracted(trace: Trace, node: Node, a: Named, b: Named, result: list[Any]) -> Tensor:
+    """A sum of products over the names that the result lacks: along a shared name the operands are
+    tied, along one summed over they end. Of the others only one operand's may be channels."""
+    batch = len(result) - 2
+    result = [n - batch if isinstance(n, int) else n for n in result]
+    inner = {n for n in a[1] if n in b[1] and n not in result}
+    tied = []
+    for x, names in (a, b):
+        summed = [d for d, n in enumerate(names) if n in inner]
+        if len(varying(x)) > 1:
+            x = trace.whole(x, summed, node, "sums over channels")
+        alone = [d for d, n in enumerate(names) if n not in result and n not in inner]
+        tied.append((trace.whole(x, alone, node, "sums over channels"), names))
+    tied = [_by_shared(trace, node, tied[0], tied[1]), _by_shared(trace, node, tied[1], tied[0])]
+    (x, of_x), (y, of_y) = tied
+    every = [*dict.fromkeys([*of_x, *of_y])]
+    sizes = {n: max(t.shape[m.index(n)] for t, m in tied if n in m) for n in every}
+    wide = [_aligned(t, names, every, sizes) for t, names in tied]
+    free = [{n for n in names if n not in other} for names, other in ((of_x, of_y), (of_y, of_x))]
+    moves = [{every[d] for d in varying(tidy(t))} for t in wide]
+    if (moves[0] & free[0] and moves[1]) or (moves[1] & free[1] and moves[0]):
+        for labels in (x, y):
+            trace.freeze(labels, node, "pairs channels with channels")
+        return trace.each(node, lambda shape: torch.tensor(NOTHING).expand(shape))
+    trace.ties.tie(*wide)
+    kept = _filled(*sorted(wide, key=lambda t: -len(varying(tidy(t)))))
+    gone = [d for d, n in enumerate(every) if n not in result]
+    kept = _first(tidy(kept), gone)
+    if set(gone) & {d for t in wide for d in varying(tidy(t))}:
+        kept = torch.full_like(kept, NOTHING)
+    names = [n for n in every if n in result]
+    kept = kept.squeeze(gone).permute([names.index(n) for n in result])
+    return kept.expand(node.meta["val"].shape)
+
+
+def _by_shared(trace: Trace, node: Node, one: Named, other: Named) -> Named:
+    """An operand that moves along its own names and along shared ones: by the shared ones only,
+    where the other operand has channels too."""
+    x, names = one
+    own = [d for d in varying(x) if names[d] not in other[1]]
+    if own and len(own) < len(varying(x)) and varying(other[0]):
+        x = trace.whole(x, own, node, "pairs channels with channels")
+    return x, names
+
+
+def _aligned(x: Tensor, names: list[Any], every: list[Any], sizes: dict[Any, int]) -> Tensor:
+    """Labels with a dimension for every name, in their order."""
+    mine = [n for n in every if n in names]
+    x = x.permute([names.index(n) for n in mine])
+    x = x.reshape([sizes[n] if n in mine and x.shape[mine.index(n)] > 1 else 1 for n in every])
+    return x.expand([sizes[n] for n in every])
 
 
 @rule(
@@ -298,7 +485,7 @@ def getitem(trace: Trace, node: Node, a: dict[str, Any]) -> Any:
 def roll(trace: Trace, node: Node, a: dict[str, Any]) -> Tensor:
     """Fine over positions; rolling channels by a fixed count needs them all."""
     dims = a["dims"] or range(a["self"].dim())
-    _keep_where_varying(trace, node, a["self"], dims, "shifts channels by a fixed count")
+    trace.whole(a["self"], dims, node, "shifts channels by a fixed count")
     return trace.run(node)
 
 
@@ -306,8 +493,8 @@ def roll(trace: Trace, node: Node, a: dict[str, Any]) -> Tensor:
 def part(trace: Trace, node: Node, a: dict[str, Any]) -> Any:
     """Fine over positions; a part of the channels is cut at fixed places, so all must stay."""
     x = a["self"]
-    if a["dim"] % x.dim() in varying(x) and trace.shapes(node) != [x.shape]:
-        trace.freeze(x, node, "cuts channels at a fixed place")
+    if trace.shapes(node) != [x.shape]:
+        trace.whole(x, [a["dim"]], node, "cuts channels at a fixed place")
     if any(isinstance(v, Tensor) and k != "self" for k, v in a.items()):
         return trace.each(node, lambda shape: _resized(trace, node, x, shape))
     return trace.run(node)
@@ -322,7 +509,7 @@ def pieces(trace: Trace, node: Node, a: dict[str, Any]) -> Any:
             for piece in results[1:]:
                 trace.ties.tie(results[0], piece)
         else:
-            trace.freeze(x, node, "cuts channels at a fixed place")
+            trace.whole(x, [a["dim"]], node, "cuts channels at a fixed place")
     return results
 
 
@@ -332,8 +519,9 @@ def index(trace: Trace, node: Node, a: dict[str, Any]) -> Tensor:
     x = a["self"]
     picked = [d for d, i in enumerate(a["indices"]) if i is not None]
     shape = node.meta["val"].shape
-    if set(picked) & set(varying(x)):
+    if set(varying(x)) and set(varying(x)) <= set(picked):
         return trace.opaque(node, [x], "picks channels by index")
+    x = trace.whole(x, picked, node, "picks channels by index")
     if len(picked) != 1:
         labels = torch.unique(stored(x))
         if len(labels) == 1:
@@ -403,8 +591,3 @@ def _broadcast(labels: Tensor, shape: torch.Size) -> tuple[Tensor, list[int]]:
     full = labels.reshape([1] * missing + list(labels.shape)) if missing else labels
     repeated = [d for d in range(len(shape)) if full.shape[d] == 1 and shape[d] > 1]
     return full.expand(shape), repeated
-
-
-def _keep_where_varying(trace: Trace, node: Node, x: Tensor, dims: Any, why: str) -> None:
-    if {d % x.dim() for d in dims} & set(varying(x)):
-        trace.freeze(x, node, why)

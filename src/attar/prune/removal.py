@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from attar.errors import AttarError, CheckpointError
 from attar.prune.groups import ChannelGraph
+from attar.prune.masking import masked, masked_answers, outputs
 from attar.prune.trace import where_failed
 from attar.student.edits import Edit, submodule
 from attar.training.evaluation import evaluating
@@ -31,8 +32,8 @@ class ChannelsRemoved(Edit):
     """Channels that are gone, with everything tied to them.
 
     removed: by parameter or buffer, by dimension: the indices taken out, sorted.
-    attributes: by module, by integer attribute: how many units it fell by (a grouped convolution's
-        `groups`, a padded shortcut's `before` and `after`).
+    attributes: by module, by integer attribute, or item of a tuple (`shape[0]`): how many units it
+        fell by (a grouped convolution's `groups`, a padded shortcut's `before` and `after`).
     """
 
     kind: ClassVar[str] = "channels-removed"
@@ -98,10 +99,18 @@ class ChannelsRemoved(Edit):
     @staticmethod
     def _lower(owner: nn.Module, path: str, counts: Mapping[str, int]) -> None:
         for name, count in counts.items():
-            value = getattr(owner, name, None)
+            attribute, _, place = name.rstrip("]").partition("[")
+            held: Any = getattr(owner, attribute, None)
+            value = held
+            if place and isinstance(held, tuple):
+                value = dict(enumerate(held)).get(int(place))
             if not isinstance(value, int) or value < count:
                 raise CheckpointError(f"{path}.{name} is {value}, which can't fall by {count}")
-            setattr(owner, name, value - count)
+            left: Any = value - count
+            if place:
+                i = int(place)
+                left = (*held[:i], left, *held[i + 1 :])
+            setattr(owner, attribute, left)
 
 
 def removal_of(graph: ChannelGraph, atoms: Iterable[int]) -> ChannelsRemoved:
@@ -121,40 +130,53 @@ def removal_of(graph: ChannelGraph, atoms: Iterable[int]) -> ChannelsRemoved:
 
 
 def remove_verified(
-    module: nn.Module, removal: ChannelsRemoved, example: tuple[Any, ...], tolerance: float = 1e-4
+    module: nn.Module,
+    removal: ChannelsRemoved,
+    example: tuple[Any, ...],
+    tolerance: float = 1e-4,
+    graph: ChannelGraph | None = None,
 ) -> nn.Module:
-    """A copy of the network without those channels, proven to answer as the masked network does.
+    """A copy of the network without those channels, proven to answer as the masked network does
+    (see `attar.prune.masking`).
 
-    The masked network has zero at every weight, bias and norm parameter that the removal takes out:
-    nothing is made there and nothing read. Both must give the same answers on `example` within
-    `tolerance` of the largest. Raises `RemovalFailed`, naming the operator it hangs on.
+    Both must give the same answers on `example` within `tolerance` of the largest. graph: needed
+    where the removal goes through operators that compute over channels, such as layer norms.
+    Raises `RemovalFailed`, naming the operator it hangs on.
     """
     removed = copy.deepcopy(module)
     try:
         removal.replay(removed)
         with evaluating(removed):
-            answers = list(_outputs(removed(*example)))
+            answers = list(outputs(removed(*example)))
     except CheckpointError:
         raise
     except Exception as error:  # whatever the person's forward raises on the smaller network
         raise RemovalFailed(f"the smaller network fails at {where_failed(error)}") from None
-    masked = copy.deepcopy(module)
-    _zero(masked, removal)
-    with evaluating(masked):
-        difference = _difference(answers, list(_outputs(masked(*example))))
+    zeroed = masked(module, removal)
+    difference = _difference(answers, masked_answers(zeroed, removal, example, graph))
     if difference > tolerance:
         # rounding in deep networks can be as large: double precision tells it from a mistake
-        precise = [copy.deepcopy(m).double() for m in (removed, masked)]
+        precise = copy.deepcopy(removed).double()
         inputs = _each(example, lambda x: x.double() if x.is_floating_point() else x)
-        with evaluating(precise[0]), evaluating(precise[1]):
-            a, b = (list(_outputs(m(*inputs))) for m in precise)
-        difference = _difference(a, b)
+        with evaluating(precise):
+            answers = list(outputs(precise(*inputs)))
+        wanted = masked_answers(zeroed.double(), removal, inputs, graph)
+        difference = _difference(answers, wanted)
     if not difference <= tolerance:
         raise RemovalFailed(
             "the smaller network doesn't answer as the masked one does "
             f"(they differ by {difference:.2g} of the largest answer)"
         )
     return removed
+
+
+def answers_alike(
+    module: nn.Module, other: nn.Module, example: tuple[Any, ...], tolerance: float = 1e-4
+) -> bool:
+    """Whether two networks give the same answers, within `tolerance` of the largest."""
+    with evaluating(module), evaluating(other):
+        pair = [list(outputs(m(*example))) for m in (module, other)]
+    return _difference(*pair) <= tolerance
 
 
 def guilty(
@@ -173,15 +195,6 @@ def guilty(
         return [(families[0], message)]
     half = len(families) // 2
     return guilty(families[:half], fails) + guilty(families[half:], fails)
-
-
-def _zero(module: nn.Module, removal: ChannelsRemoved) -> None:
-    tensors: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
-    tensors.update(module.named_buffers(remove_duplicate=False))
-    with torch.no_grad():
-        for path, dims in removal.removed.items():
-            for d, indices in dims.items():
-                tensors[path].index_fill_(d, torch.tensor(indices, device=tensors[path].device), 0)
 
 
 def _without(tensor: Tensor, path: str, dims: Mapping[int, list[int]]) -> Tensor:
@@ -227,8 +240,11 @@ _COUNTS: dict[type[nn.Module], Callable[[Any], dict[str, Any]]] = {
     _ConvNd: _conv,
     nn.Linear: lambda m: {"out_features": m.weight.shape[0], "in_features": m.weight.shape[1]},
     _NormBase: _features,
+    nn.LayerNorm: lambda m: {"normalized_shape": tuple(m.weight.shape)},
+    nn.RMSNorm: lambda m: {"normalized_shape": tuple(m.weight.shape)},
     nn.GroupNorm: lambda m: {"num_channels": m.weight.shape[0]},
     nn.PReLU: lambda m: {"num_parameters": m.weight.shape[0]},
+    nn.MultiheadAttention: lambda m: {"embed_dim": m.in_proj_weight.shape[1]},
     nn.Embedding: lambda m: {"embedding_dim": m.weight.shape[1]},
 }
 
@@ -244,16 +260,6 @@ def _difference(a: list[Tensor], b: list[Tensor]) -> float:
             difference = float((x - y).abs().max()) / scale
             worst = max(worst, difference) if difference == difference else float("inf")
     return worst
-
-
-def _outputs(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value.detach().to(torch.promote_types(value.dtype, torch.float32))
-    elif isinstance(value, Mapping):
-        yield from _outputs(list(value.values()))
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _outputs(item)
 
 
 def _each(value: Any, function: Callable[[Tensor], Tensor]) -> Any:

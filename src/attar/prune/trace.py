@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from torch.fx.node import map_arg
 
 from attar.errors import ExportError
 from attar.prune.labels import NOTHING, Ties, main_dimension, stored, tidy, varying
-from attar.prune.operators import find_rule, name_of
+from attar.prune.operators import LATE, SIZED, SPLITS, find_rule, name_of
 from attar.training.evaluation import evaluating
 
 Role = Literal["out", "in", "own", "attribute"]
@@ -55,12 +56,31 @@ class Axis:
     role: Role
 
 
+@dataclass(frozen=True)
+class Joint:
+    """An operator that computes over channels of its first input: a mean, a norm.
+
+    node: its name in the exported graph. dim: of the input. labels: along it, int64 (size,).
+    """
+
+    node: str
+    dim: int
+    labels: Tensor
+
+
 class Trace:
     """Labels of every activation of a network, for one example.
 
     axes: by (path, dimension or attribute). elements: parameters used as activations, with the
     slot of each element. reasons: what keeps slots from being removed. reshapes: operators that
-    give channels a new shape, which may be written into the code.
+    give channels a new shape, which may be written into the code. joint: operators whose result
+    depends on which channels there are. widths: where a reshape's size may have been read off the
+    input of its module: the line, the input's channels and the reshape's. program: the exported
+    graph.
+
+    Labels that a reshape spreads over several dimensions (a projection seen as heads and their
+    units) stay so until an operator, or the end of the walk, decides along which of them they go:
+    attention ties the units of a head, a shuffle's groups stay equal.
     """
 
     def __init__(self, module: nn.Module, example: tuple[Any, ...]) -> None:
@@ -70,15 +90,22 @@ class Trace:
         self.elements: dict[str, Tensor] = {}
         self.reasons: list[tuple[Tensor, str]] = []
         self.reshapes: list[tuple[Tensor, str]] = []
+        self.joint: list[Joint] = []
+        self.widths: list[tuple[str, Tensor, Tensor]] = []
+        self._inputs: dict[str, Tensor] = {}
         self._values: dict[Node, Any] = {}
         self._constant: set[Node] = set()
-        program = export(module, example)
+        self._undecided: dict[Node, list[Tensor]] = {}
+        self._shaped: list[tuple[Node, Tensor]] = []
+        program = self.program = export(module, example)
         signature = program.graph_signature
         self._stored = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         self._user_inputs = set(signature.user_inputs)
         with torch.no_grad():
             for node in program.graph.nodes:
                 self._visit(node)
+        self._decide()
+        self._count_by_attributes()
         self._values.clear()
 
     # --- for rules --------------------------------------------------------------------------------
@@ -138,6 +165,27 @@ class Trace:
         self.ties.tie(once, settled)
         return settled.expand(x.shape)
 
+    def whole(self, x: Tensor, dims: Iterable[int], node: Node, why: str) -> Tensor:
+        """Labels after an operator that needs these dimensions as they are: channels that also
+        change along others are tied along these; those that don't can't be removed."""
+        dims = [d for d in varying(tidy(x)) if d in {d % x.dim() for d in dims}]
+        if not dims:
+            return x
+        if len(varying(tidy(x))) == len(dims):
+            self.freeze(x, node, why)
+            return x
+        once = stored(tidy(x))
+        settled = once.amax(dim=dims, keepdim=True)
+        self.ties.tie(once, settled)
+        return settled.expand(x.shape)
+
+    def over(self, x: Tensor, d: int, node: Node) -> Tensor:
+        """Remembers an operator that computes over channels, the only ones its input has; gives
+        one label each along `d`, int64 (size,)."""
+        channels = self.channels(x, d)
+        self.joint.append(Joint(node.name, d, channels))
+        return channels
+
     def freeze(self, labels: Tensor, node: Node, why: str) -> None:
         """Keeps channels from being removed, because of what an operator does with them."""
         self._freeze(labels, f"{self.describe(node)} {why}")
@@ -164,7 +212,7 @@ class Trace:
         """The result of an operator that needs its inputs, and is needed, whole."""
         for labels in inputs:
             self.freeze(labels, node, why)
-        if node in self._constant and not any(bool((i >= 0).any()) for i in inputs):
+        if not any(bool((stored(i) >= 0).any()) for i in inputs):
             return self.each(node, lambda shape: _NONE.expand(shape))
         label = self.frozen_labels(node, why, 1)[0]
         return self.each(node, lambda shape: label.expand(shape))
@@ -194,8 +242,11 @@ class Trace:
 
     def module_path(self, node: Node) -> str:
         """The path of the innermost module that a node was written in."""
-        stack = list((node.meta.get("nn_module_stack") or {}).values())
-        return stack[-1][0].split("@")[0] if stack else ""
+        return self._module_paths(node)[-1]
+
+    def _module_paths(self, node: Node) -> list[str]:
+        stack = (node.meta.get("nn_module_stack") or {}).values()
+        return [path.split("@")[0] for path, _ in stack] or [""]
 
     def owner(self, weight: Weight) -> str:
         """The path of the module that holds a weight."""
@@ -203,18 +254,22 @@ class Trace:
 
     def describe(self, node: Node) -> str:
         """An operator for people: its name, module and line."""
-        path = self.module_path(node)
+        path, line = self.module_path(node), self.line(node)
+        where = f" in {path}" if path else ""
+        return name_of(node.target) + where + (f" ({line})" if line else "")
+
+    def line(self, node: Node) -> str:
+        """The file and line that an operator was written in: `model.py:12`; may be empty."""
         lines = [
             line.strip()
             for line in (node.meta.get("stack_trace") or "").splitlines()
             if "File" in line
         ]
         own = [line for line in lines if "/torch/" not in line] or lines
-        where = f" in {path}" if path else ""
-        if own:
-            file, _, rest = own[-1].removeprefix("File ").partition(", line ")
-            where += f" ({file.strip(chr(34)).rpartition('/')[2]}:{rest.partition(',')[0]})"
-        return name_of(node.target) + where
+        if not own:
+            return ""
+        file, _, rest = own[-1].removeprefix("File ").partition(", line ")
+        return f"{file.strip(chr(34)).rpartition('/')[2]}:{rest.partition(',')[0]}"
 
     # --- the walk ---------------------------------------------------------------------------------
 
@@ -227,11 +282,68 @@ class Trace:
         elif node.op == "call_function":
             if node.all_input_nodes and self._constant.issuperset(node.all_input_nodes):
                 self._constant.add(node)
-            result = self._call(node)
-            raw = node in self._constant
-            self._values[node] = _each_tensor(result, tidy if raw else self.settle)
+            self._note_inputs(node)
+            self._values[node] = self._settled(node, self._call(node))
         else:
             self._values[node] = None
+
+    def _note_inputs(self, node: Node) -> None:
+        """Keeps the first activation that each module reads."""
+        given = [x for n in node.all_input_nodes for x in _tensors(self._values[n])]
+        for path in self._module_paths(node) if given else ():
+            self._inputs.setdefault(path, given[0])
+
+    def _settled(self, node: Node, result: Any) -> Any:
+        """A node's labels with one dimension to change along, or with several that wait."""
+        name = name_of(node.target)
+        if name in SIZED:
+            self._shaped += [(node, labels) for labels in _tensors(result)]
+        if node in self._constant:
+            return _each_tensor(result, tidy)
+        late = name in LATE and any(n in self._undecided for n in node.all_input_nodes)
+        if not (late or name in SPLITS):
+            return _each_tensor(result, self.settle)
+        result = _each_tensor(result, tidy)
+        waiting = [labels for labels in _tensors(result) if len(varying(labels)) > 1]
+        if waiting:
+            self._undecided[node] = waiting
+        return result
+
+    def _decide(self) -> None:
+        """Settles what is still spread over several dimensions, as ties have it by now."""
+        first = self.ties.representatives()
+        for labels in [labels for waiting in self._undecided.values() for labels in waiting]:
+            now = tidy(_mapped(first, labels))
+            if len(varying(now)) > 1:
+                self.settle(now)
+                first = self.ties.representatives()
+
+    def _count_by_attributes(self) -> None:
+        """Ties the attributes that count heads, or a width, to what reshapes in their module make.
+
+        Code like `x.view(n, length, self.num_heads, -1)` has the count written into the graph: the
+        module's attribute of that value and of a name that says so is taken for its origin.
+        """
+        first = self.ties.representatives()
+        for node, labels in self._shaped:
+            now = tidy(_mapped(first, labels))
+            path = self.module_path(node)
+            counts = counters(self.module.get_submodule(path))
+            for d in varying(now):
+                channels = self.channels(now, d)
+                named = [name for name, count in counts.items() if count == len(channels)]
+                for attribute in named[:1]:
+                    axis = self.axis(path, attribute, len(channels), "attribute")
+                    self.ties.tie(axis, channels)
+                if not named:
+                    self._maybe_of_input(node, path, channels)
+
+    def _maybe_of_input(self, node: Node, path: str, channels: Tensor) -> None:
+        """Remembers that a size may have been read off the module's input, which is as wide."""
+        x = self._inputs.get(path, _NONE)
+        for d in varying(x):
+            if x.shape[d] == len(channels):
+                self.widths.append((self.line(node), self.channels(x, d), channels))
 
     def _placeholder(self, node: Node) -> Any:
         value = node.meta.get("val")
@@ -248,6 +360,10 @@ class Trace:
 
     def _call(self, node: Node) -> Any:
         rule = find_rule(node.target)
+        if name_of(node.target) not in LATE:
+            for n in node.all_input_nodes:
+                if self._undecided.pop(n, None):
+                    self._values[n] = _each_tensor(self._values[n], self.settle)
         if rule is None:
             inputs = [x for n in node.all_input_nodes for x in _tensors(self._labels(n))]
             return self.opaque(node, inputs, "is an operator whose channels Attar can't follow")
@@ -266,7 +382,8 @@ class Trace:
         result = {}
         for argument in schema.arguments:
             value = given.get(argument.name, argument.default_value)
-            whole = argument.name in _WHOLE and name_of(node.target) in _TAKES_WEIGHTS
+            name = name_of(node.target)
+            whole = argument.name in (_WHOLE if name in _TAKES_WEIGHTS else _WHOLE_IN.get(name, ()))
             result[argument.name] = map_arg(
                 value, self._values.__getitem__ if whole else self._labels
             )
@@ -291,7 +408,28 @@ class Trace:
         self.reasons.append((known[known >= 0], reason))
 
 
+COUNTERS = (
+    "split_size", "num_heads", "n_heads", "n_head", "heads", "num_attention_heads",
+    "num_key_value_heads", "attn_dim", "val_attn_dim", "all_head_size", "inner_dim", "hidden_dim",
+    "hidden_size", "embed_dim", "dim_out", "nf", "shape", "bias_shape",
+)  # fmt: skip
+"""Attributes by which modules count heads, all their heads' units, or their width."""
+
+
+def counters(owner: nn.Module) -> dict[str, int]:
+    """A module's attributes that count channels, by name; a tuple's items as `shape[0]`."""
+    found: dict[str, int] = {}
+    for name in COUNTERS:
+        value = vars(owner).get(name)
+        if type(value) is int:
+            found[name] = value
+        elif isinstance(value, tuple):
+            found |= {f"{name}[{i}]": n for i, n in enumerate(value) if type(n) is int}
+    return found
+
+
 _WHOLE = {"weight", "bias", "running_mean", "running_var"}
+_WHOLE_IN = {"addmm": {"self", "mat2"}}
 _TAKES_WEIGHTS = {
     "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
     "linear", "embedding", "batch_norm", "instance_norm", "layer_norm", "rms_norm", "group_norm",
@@ -302,13 +440,27 @@ _TAKES_WEIGHTS = {
 def export(module: nn.Module, example: tuple[Any, ...]) -> torch.export.ExportedProgram:
     """The network's graph in eval mode, for one example. Raises `ExportError`."""
     try:
-        with evaluating(module), torch.inference_mode(False), torch.no_grad():
+        with evaluating(module), _caching_nothing(module), torch.inference_mode(False):
             return torch.export.export(module, example, strict=False)
     except Exception as error:  # whatever the person's forward raises under tracing
         raise ExportError(
             f"the network's graph can't be read by torch.export, which stops at "
             f"{where_failed(error)}; its channels can't be pruned, but granularity: weight works"
         ) from None
+
+
+@contextmanager
+def _caching_nothing(module: nn.Module) -> Iterator[None]:
+    """Language models of transformers without the keys and values they keep for generating."""
+    config: Any = getattr(module, "config", None)
+    before = getattr(config, "use_cache", None)
+    try:
+        if before is not None:
+            config.use_cache = False
+        yield
+    finally:
+        if before is not None:
+            config.use_cache = before
 
 
 def where_failed(error: Exception) -> str:
@@ -328,6 +480,12 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
     elif isinstance(value, dict):
         yield from _tensors(list(value.values()))
+
+
+def _mapped(first: Tensor, labels: Tensor) -> Tensor:
+    """Labels with each slot replaced by the first one of its atom."""
+    once = stored(labels)
+    return torch.where(once >= 0, first[once.clamp(min=0)], once).expand(labels.shape)
 
 
 def _each_tensor(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
