@@ -43,12 +43,24 @@ def make_net() -> nn.Module:
     )
 
 
+def make_attending() -> nn.Module:
+    """Rows of an image that attend to one another."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Flatten(1, 2),
+        nn.Linear(8, 16),
+        nn.TransformerEncoderLayer(16, 4, 32, batch_first=True),
+        nn.Flatten(),
+        nn.Linear(128, 10),
+    )
+
+
 def no_spec(spec: ModelSpec) -> nn.Module:
     raise AssertionError("a handed-in module needs no spec")
 
 
-def load(folder: Path) -> Student:
-    return load_student(folder, build=no_spec, module=make_net())
+def load(folder: Path, way: str = "") -> Student:
+    return load_student(folder, build=no_spec, module=NETS.get(way, make_net)())
 
 
 def magnitude():
@@ -62,6 +74,12 @@ def masked(student: Student) -> Student:
 def removed(student: Student) -> Student:
     narrow, _ = prune_channels(student, (IMAGES,), criterion=magnitude(), ratio=0.5)
     assert narrow.module[0].out_channels == 8
+    return narrow
+
+
+def freed(student: Student) -> Student:
+    narrow, _ = prune_channels(student, (IMAGES,), criterion=magnitude(), ratio=0.5)
+    assert narrow.module[2].self_attn.in_proj_weight.shape == (24, 8)  # two heads of four units
     return narrow
 
 
@@ -94,20 +112,28 @@ WAYS = {
     "teacher-head": [headed],
     "masked": [masked],
     "channels-removed": [removed],
+    "heads-freed": [freed],
     "shared": [shared],
     "quantized": [quantized],
     "all": [removed, masked, shared, quantized],
     "masked first": [masked, removed],
     "teacher-head first": [headed, masked, shared],
+    "heads-freed, masked, shared": [freed, masked, shared],
+    "masked, heads-freed": [masked, freed],
 }
+NETS = {way: make_attending for way, steps in WAYS.items() if freed in steps}
 
 
-def made(*steps) -> Student:
-    student = Student(make_net().eval())
+def made(*steps, net=make_net) -> Student:
+    student = Student(net().eval())
     for step in steps:
         student = step(student)
     student.check()
     return student
+
+
+def made_by(way: str) -> Student:
+    return made(*WAYS[way], net=NETS.get(way, make_net))
 
 
 @pytest.fixture
@@ -122,9 +148,9 @@ def saved(tmp_path):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_student_comes_back(tmp_path, way):
-    student = made(*WAYS[way])
+    student = made_by(way)
     save_student(student, tmp_path)
-    back = load(tmp_path)
+    back = load(tmp_path, way)
 
     assert [e.kind for e in back.edits] == [e.kind for e in student.edits]
     for edit, again in zip(student.edits, back.edits, strict=True):
@@ -141,13 +167,13 @@ def test_a_student_comes_back(tmp_path, way):
 
 
 def test_every_kind_of_edit_is_tried_here():
-    kinds = {e.kind for steps in WAYS.values() for e in made(*steps).edits}
+    kinds = {e.kind for way in WAYS for e in made_by(way).edits}
     assert kinds == {name for name, kind in Edit.kinds.items() if kind.__module__ != __name__}
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_only_json_and_safetensors_are_written(tmp_path, way):
-    save_student(made(*WAYS[way]), tmp_path)
+    save_student(made_by(way), tmp_path)
     for path in tmp_path.iterdir():
         if path.suffix == ".json":
             json.loads(path.read_text())
@@ -164,15 +190,30 @@ def test_a_named_network_is_built_again(tmp_path):
         assert torch.equal(back.module(IMAGES), student.module(IMAGES))
 
 
-def test_a_fresh_process_knows_every_edit(tmp_path):
-    student = made(*WAYS["all"])
+@pytest.mark.parametrize(
+    ("way", "net"),
+    [
+        (
+            "all",
+            "nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),"
+            "nn.Conv2d(16, 16, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),"
+            "nn.Linear(16, 10)",
+        ),
+        (
+            "heads-freed",
+            "nn.Flatten(1, 2), nn.Linear(8, 16),"
+            "nn.TransformerEncoderLayer(16, 4, 32, batch_first=True),"
+            "nn.Flatten(), nn.Linear(128, 10)",
+        ),
+    ],
+)
+def test_a_fresh_process_knows_every_edit(tmp_path, way, net):
+    student = made_by(way)
     save_student(student, tmp_path / "student")
     program = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "import attar\nfrom torch import nn\n"
-        "net = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),\n"
-        "    nn.Conv2d(16, 16, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),\n"
-        "    nn.Linear(16, 10))\n"
+        f"net = nn.Sequential({net})\n"
         "print([e.kind for e in attar.load_student(sys.argv[2], model=net).edits])"
     )
     command = [sys.executable, "-c", program, str(Path(__file__).parent), str(tmp_path)]
@@ -320,18 +361,19 @@ def test_a_wrong_record_is_refused(saved, changes, said):
     assert "\n" not in str(caught.value)
 
 
-KINDS = ["masked", "shared", "channels-removed", "quantized", "teacher-head"]
+KINDS = ["masked", "shared", "channels-removed", "heads-freed", "quantized", "teacher-head"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("change", ["without fields", "with other types"])
 def test_a_damaged_edit_is_refused(tmp_path, kind, change):
-    save_student(made(*WAYS[kind]), tmp_path)
-    (record,) = json.loads((tmp_path / "student.json").read_text())["edits"]
+    save_student(made_by(kind), tmp_path)
+    records = json.loads((tmp_path / "student.json").read_text())["edits"]
+    (record,) = [r for r in records if r["kind"] == kind]
     fields = {} if change == "without fields" else dict.fromkeys(record, 7)
     edit_record(tmp_path, edits=[fields | {"kind": kind}])
     with pytest.raises(CheckpointError, match=r"^[^\n]+$"):
-        load(tmp_path)
+        load(tmp_path, kind)
 
 
 @pytest.mark.parametrize("kind", ["masked", "shared", "quantized"])

@@ -54,7 +54,8 @@ class Heads(nn.MultiheadAttention):
         if need_weights:
             scores = q @ k.transpose(-2, -1) * self.head_dim**-0.5
             weights = (scores if mask is None else scores + mask).softmax(-1)
-            mixed = F.dropout(weights, dropout) @ v
+            weights = F.dropout(weights, dropout)
+            mixed = weights @ v
             weights = weights.mean(1) if average_attn_weights else weights
             weights = weights.squeeze(0) if alone else weights
         else:
@@ -138,10 +139,17 @@ class HeadsFreed(Edit):
             kind = _class_for(owner)
             if kind is None:
                 raise CheckpointError(f"{GIVEN} {path}, which is a {type(owner).__name__} here")
+            if _head_dim(owner) != width:
+                raise CheckpointError(
+                    f"{GIVEN} {path}: its heads were {width} wide, and are {_head_dim(owner)} here"
+                )
             owner.__class__ = kind
             owner.head_dim = width  # type: ignore[assignment]
             if isinstance(owner, Heads):
-                owner._qkv_same_embed_dim = False  # PyTorch's fused encoder would go around it
+                owner._qkv_same_embed_dim = False  # PyTorch's fused layer would go around it
+        for encoder in module.modules():
+            if isinstance(encoder, nn.TransformerEncoder) and _holds_heads(encoder):
+                encoder.use_nested_tensor = False  # which its fused layers alone can read
 
     def summary(self) -> str:
         return f"heads freed in {len(self.head_dims)} modules of attention"
@@ -164,6 +172,10 @@ def freed_within(freed: HeadsFreed, paths: Iterable[str]) -> HeadsFreed:
             if any(t.startswith(path + ".") or not path for t in touched)
         }
     )
+
+
+def _holds_heads(module: nn.Module) -> bool:
+    return any(isinstance(m, Heads) for m in module.modules())
 
 
 def _head_dim(module: nn.Module) -> int:
