@@ -6,9 +6,8 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +23,14 @@ from attar.files import Trust
 from attar.pipeline.job import Job, job_of, require_answers
 from attar.pipeline.steps import Steps
 from attar.prune.criteria import criteria
-from attar.prune.criteria.base import Calls
 from attar.prune.sensitivity import RATIOS, Granularity, Progress, Sensitivity, sensitivity
 from attar.recipe import Recipe
-from attar.stages.prune import OBSERVED, Prune
+from attar.stages.prune import Prune, calls_of
 from attar.store import Store, full_disk_as_error, key_of, sole_writer, write_whole
 from attar.student import Student
 from attar.student.fingerprint import fingerprint, source_of
 from attar.tasks.base import Metric
-from attar.training.evaluation import statistics_of
+from attar.training.evaluation import device_of, statistics_of
 
 EXAMPLES = 2000
 POINT = 0.01
@@ -77,6 +75,7 @@ def sensitivity_of(
     granularity, criterion = granularity or prune.granularity, criterion or prune.criterion
     scoring = criteria.get(criterion)()
     job = job_of(recipe.model_copy(update={"stages": recipe.stages[:place]}), trusted=trusted)
+    scoring.seed = job.seed
     with sole_writer(folder), full_disk_as_error(folder):
         tell({"event": "run", "recipe": job.name, "folder": str(folder)})
         for note in job.data.notes:
@@ -97,7 +96,7 @@ def sensitivity_of(
                 ratios=ratios,
                 only=only,
                 higher_is_better=job.task.metric.higher_is_better,
-                calls=_calls(job),
+                calls=calls_of(job.task, job.data, job.seed, scoring, device_of(student.module)),
                 on_cell=lambda progress: tell(_event(progress)),
             )
         except ExportError as error:
@@ -207,17 +206,6 @@ def _evaluation(job: Job, split: Split, store: Store) -> Callable[[nn.Module], f
         return float(json.loads((entry / "metric.json").read_text(encoding="utf-8")))
 
     return evaluate
-
-
-def _calls(job: Job) -> Calls:
-    """The training batches that a criterion which needs data sees; those of the prune stage."""
-
-    def calls() -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-        batches = job.data.train.batches(128, shuffle=True, seed=job.seed)
-        for batch in islice(batches, OBSERVED):
-            yield job.task.arguments(batch)
-
-    return calls
 
 
 def _limit(recipe: Recipe, metric: Metric, baseline: float) -> float:

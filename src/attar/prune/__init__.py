@@ -6,7 +6,7 @@ a narrower student, `prune_weights(student, criterion=Magnitude(), ratio=0.6)` a
 """
 
 from attar.prune.channels import Pruned, prune_channels
-from attar.prune.criteria import Criterion, criteria
+from attar.prune.criteria import Call, Criterion, criteria
 from attar.prune.groups import ChannelGraph, Place, channel_graph
 from attar.prune.removal import ChannelsRemoved, RemovalFailed
 from attar.prune.schedule import cubic
@@ -14,6 +14,7 @@ from attar.prune.selection import Widths
 from attar.prune.weights import Masked, prune_weights
 
 __all__ = [
+    "Call",
     "ChannelGraph",
     "ChannelsRemoved",
     "Criterion",

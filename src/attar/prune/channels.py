@@ -11,7 +11,7 @@ import numpy as np
 from torch import nn
 
 from attar.errors import UsageError
-from attar.prune.criteria.base import Calls, Criterion
+from attar.prune.criteria.base import Calls, Criterion, observe, require_calls
 from attar.prune.groups import ChannelGraph, channel_graph, first_of_batch
 from attar.prune.heads import HeadsFreed, freed_within, heads_to_free
 from attar.prune.naming import matching
@@ -28,7 +28,6 @@ from attar.prune.trace import OUTPUT
 from attar.prune.weights import Masked
 from attar.student import Student
 from attar.student.edits import Edit
-from attar.training.evaluation import evaluating
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,8 @@ def prune_channels(
     scope: `local` removes the share from each layer, `global` where it matters least.
     exclude: paths of layers (with `*`) that keep their channels.
     original: widths that `ratio` counts from, by layer, when pruning again.
-    calls: batches for a criterion that needs data.
+    calls: batches for a criterion that needs data, `(args, kwargs)` each, or for one that needs
+        their losses `(args, kwargs, loss)`, with loss(output) a scalar.
 
     A removal that fails its check is undone, with what it hangs on in `Pruned.undone`. Raises
     `UsageError`; `ExportError` for a network whose graph can't be read; `RemovalFailed` when
@@ -98,9 +98,7 @@ def prune_channels(
     """
     _check(criterion, ratio, threshold, calls)
     module, freed = _with_free_heads(student.module, example)
-    with evaluating(module):
-        if criterion.needs_data and calls is not None:
-            criterion.observe(module, calls)
+    observe(criterion, module, calls)
     graph = channel_graph(module, first_of_batch(example))
     _exclude(graph, exclude)
 
@@ -165,8 +163,7 @@ def _check(
         raise UsageError(f"ratio is {ratio:g}: the share to remove lies between 0 and 1")
     if "channel" not in criterion.granularities:
         raise UsageError(f"{type(criterion).__name__} scores single weights, not channels")
-    if criterion.needs_data and calls is None:
-        raise UsageError(f"{type(criterion).__name__} scores channels on data: hand in calls")
+    require_calls(criterion, calls)
 
 
 def _attempt(

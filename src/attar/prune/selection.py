@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from attar.prune.criteria.base import Criterion
 from attar.prune.groups import ChannelGraph, Place
@@ -53,14 +54,16 @@ def atom_scores(
     """Each atom's importance, float64, by atom; NaN for one that nothing scores.
 
     A weight's scores along a dimension are divided by their mean, so that layers of different size
-    compare, and averaged over an atom's channels and over the weights it occurs in. absolute: not
-    divided, to be held against a threshold.
+    compare (unless they do as they are: `Criterion.comparable`), and averaged over an atom's
+    channels and over the weights it occurs in. What the criterion has no weight to score by, its
+    `fallback` scores. absolute: not divided, to be held against a threshold; nothing falls back.
     """
+    as_they_are = absolute or criterion.comparable
     parameters = dict(module.named_parameters(remove_duplicate=False))
     size = 1 + max((int(p.atoms.max()) for p in graph.places if len(p.atoms)), default=0)
     total, count = np.zeros(size), np.zeros(size)
     for place in graph.places:
-        if place.role not in criterion.sides or isinstance(place.at, str):
+        if isinstance(place.at, str) or _side(module, place) not in criterion.sides:
             continue
         weight = parameters[place.path].detach()
         with torch.no_grad():
@@ -69,10 +72,20 @@ def atom_scores(
         channels = np.bincount(place.atoms, minlength=size)
         here = channels > 0
         means = np.bincount(place.atoms, scores, minlength=size)[here] / channels[here]
-        total[here] += means if absolute else means / (means.mean() or 1.0)
+        total[here] += means if as_they_are else means / (means.mean() or 1.0)
         count += here
     with np.errstate(invalid="ignore"):
-        return total / count
+        result = total / count
+    if criterion.fallback is None or absolute:
+        return result
+    return np.where(count > 0, result, atom_scores(module, graph, criterion.fallback()))
+
+
+def _side(module: nn.Module, place: Place) -> str:
+    """As which a place scores channels: by its role, or `scale`, a batch norm's weight."""
+    owner, _, name = place.path.rpartition(".")
+    scales = name == "weight" and isinstance(module.get_submodule(owner), _BatchNorm)
+    return "scale" if scales else place.role
 
 
 def select_channels(

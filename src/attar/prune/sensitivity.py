@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from attar.errors import UsageError
 from attar.measure.cost import macs, nonzero, parameters
-from attar.prune.criteria.base import Calls, Criterion
+from attar.prune.criteria.base import Calls, Criterion, observe
 from attar.prune.groups import channel_graph, first_of_batch
 from attar.prune.naming import joined, matching
 from attar.prune.removal import RemovalFailed, removal_of, remove_verified
@@ -134,7 +134,8 @@ def sensitivity(
     ratios: shares of each layer's channels, to the nearest whole one (one stays); of weights, those
         that are zero already count.
     only: layers to look at, by path, with `*`; a row is looked at whole.
-    higher_is_better: of the metric. calls: batches for a criterion that needs data.
+    higher_is_better: of the metric. calls: batches for a criterion that needs data, as in
+        `prune_channels`.
     on_cell: told of each cell as it is measured.
 
     The student stays as it is. A row whose removal fails its check is in `kept`. Raises
@@ -161,7 +162,7 @@ def sensitivity(
     if granularity == "channel":
         cuts = _Channels(module, example, criterion, ratios, calls)
     else:
-        cuts = _Weights(module, student, criterion, ratios)
+        cuts = _Weights(module, student, criterion, ratios, calls)
     chosen, kept = _chosen(cuts, only)
 
     def metric_of(network: nn.Module) -> float:
@@ -250,14 +251,21 @@ class _Weights:
     sets to zero when it takes that share of each."""
 
     def __init__(
-        self, module: nn.Module, student: Student, criterion: Criterion, ratios: Sequence[float]
+        self,
+        module: nn.Module,
+        student: Student,
+        criterion: Criterion,
+        ratios: Sequence[float],
+        calls: Calls | None,
     ) -> None:
         self._module = module
         self._paths: dict[tuple[str, ...], str] = {
             (path.removesuffix(".weight"),): path for path in weight_matrices(module)
         }
         self._masks = {
-            ratio: _masks(prune_weights(student, criterion=criterion, ratio=ratio, floor=1))
+            ratio: _masks(
+                prune_weights(student, criterion=criterion, ratio=ratio, floor=1, calls=calls)
+            )
             for ratio in ratios
         }
         tensors = dict(module.named_parameters())
@@ -293,11 +301,7 @@ def _observe(criterion: Criterion, module: nn.Module, calls: Calls | None) -> No
     """Lets a criterion see its data. Raises `UsageError` for one that can't score channels."""
     if "channel" not in criterion.granularities:
         raise UsageError(f"{type(criterion).__name__} scores single weights, not channels")
-    if criterion.needs_data:
-        if calls is None:
-            raise UsageError(f"{type(criterion).__name__} scores channels on data: hand in calls")
-        with evaluating(module):
-            criterion.observe(module, calls)
+    observe(criterion, module, calls)
 
 
 def _chosen(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from attar.errors import CheckpointError, UsageError
-from attar.prune.criteria.base import Criterion
+from attar.prune.criteria.base import Calls, Criterion, observe
 from attar.prune.naming import matching
 from attar.student import Student
 from attar.student.edits import Edit
@@ -107,13 +107,15 @@ def prune_weights(
     scope: Literal["local", "global"] = "local",
     floor: int = 8,
     exclude: Sequence[str] = (),
+    calls: Calls | None = None,
 ) -> Student:
     """A copy of the student whose least important weights are zero, and stay so.
 
     Weight matrices and kernels only; norms, biases and embeddings are left alone. ratio: the share
-    of each tensor's weights (`local`) or of all, each tensor's scores divided by their mean
-    (`global`), counting those already masked. threshold: or, what scores less goes. floor: least
-    weights a tensor keeps. exclude: paths of layers (with `*`). Raises `UsageError`.
+    of each tensor's weights (`local`) or of all (`global`, each tensor's scores divided by their
+    mean unless they compare as they are), counting those already masked. threshold: or, what scores
+    less goes. floor: least weights a tensor keeps. exclude: paths of layers (with `*`). calls:
+    batches for a criterion that needs data, as in `prune_channels`. Raises `UsageError`.
     """
     if (ratio is None) == (threshold is None):
         raise UsageError("pruning takes either a ratio or a threshold: give exactly one")
@@ -126,9 +128,11 @@ def prune_weights(
         )
     pruned = student.copy()
     weights = _included(weight_matrices(pruned.module), exclude)
-    scores = {p: criterion.scores(p, w.detach(), None) for p, w in weights.items()}
+    observe(criterion, pruned.module, calls)
+    old = _masks(pruned)
+    by_mean = ratio is not None and scope == "global" and not criterion.comparable
+    scores = {p: _scores(criterion, p, w.detach(), old.get(p), by_mean) for p, w in weights.items()}
     if ratio is not None and scope == "global":
-        scores = {p: s / (s.mean() or 1.0) for p, s in scores.items()}
         every = torch.cat([s.flatten() for s in scores.values()])
         threshold = float(every.kthvalue(int(ratio * every.numel()) + 1).values)
 
@@ -140,25 +144,45 @@ def prune_weights(
     masks = {}
     for path, score in scores.items():
         masks[path] = _largest(score, max(floor, kept(score)))
-    for old in pruned.edits:
-        for path, mask in old.masks.items() if isinstance(old, Masked) else ():
-            masks[path] = masks[path] & mask.to(masks[path].device) if path in masks else mask
+    for path, mask in old.items():
+        masks[path] = masks[path] & mask.to(masks[path].device) if path in masks else mask
     edit = Masked(masks)
     edit.after_step(pruned.module)
     others = [e for e in pruned.edits if not isinstance(e, Masked)]
     return Student(pruned.module, pruned.spec, [*others, edit])
 
 
+def _masks(student: Student) -> dict[str, Tensor]:
+    """What is masked already: true where a weight stays."""
+    masks: dict[str, Tensor] = {}
+    for edit in student.edits:
+        for path, mask in edit.masks.items() if isinstance(edit, Masked) else ():
+            masks[path] = masks[path] & mask.to(masks[path].device) if path in masks else mask
+    return masks
+
+
+def _scores(
+    criterion: Criterion, path: str, weight: Tensor, mask: Tensor | None, by_mean: bool
+) -> Tensor:
+    """A weight's scores, masked elements below all others: what is gone must not be kept."""
+    scores = criterion.scores(path, weight, None)
+    gone = None if mask is None else ~mask.to(scores.device)
+    if by_mean:
+        counted = scores if gone is None else scores.masked_fill(gone, 0)
+        scores = scores / (counted.mean() or 1.0)
+    return scores if gone is None else scores.masked_fill(gone, -1)
+
+
 def weight_matrices(module: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that are weight matrices or kernels, by path, each tensor once."""
     spared = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
-    return {
-        f"{path}.{name}" if path else name: parameter
-        for path, owner in module.named_modules()
-        if not isinstance(owner, spared)
-        for name, parameter in owner.named_parameters(recurse=False)
-        if parameter.dim() >= 2 and name.endswith("weight")
-    }
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for path, owner in module.named_modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            matrix = parameter.dim() >= 2 and name.endswith("weight")
+            if matrix and not isinstance(owner, spared):
+                found.setdefault(id(parameter), (f"{path}.{name}".lstrip("."), parameter))
+    return dict(found.values())
 
 
 def _included(weights: dict[str, nn.Parameter], exclude: Sequence[str]) -> dict[str, nn.Parameter]:

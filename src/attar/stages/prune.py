@@ -6,19 +6,24 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Annotated, Any, ClassVar, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from attar.data.base import Batch
+from attar.data.base import Batch, Data
 from attar.prune import Masked, Pruned, Widths, criteria, cubic, prune_channels, prune_weights
+from attar.prune.criteria import Call, Calls, Criterion
 from attar.stages.base import Context, Stage, stages
 from attar.student import Student
+from attar.tasks.base import Task
 from attar.training.config import Training
 from attar.training.evaluation import device_of, to_device
 
 CANDIDATES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 OBSERVED = 8
-"""Batches that a criterion sees, where it needs data."""
+"""Batches of 128 that a criterion sees, where it needs data."""
+ONE_BY_ONE = 256
+"""Examples that one sees which takes them one by one."""
 
 Ratio = Annotated[float, Field(gt=0, lt=1)]
 
@@ -50,7 +55,7 @@ class Prune(Stage):
 
     granularity: Literal["channel", "weight"] = "channel"
     criterion: str = "magnitude"
-    """What is important: `magnitude` (L1), `magnitude-l2`, `activation`, `apoz`, `threshold`."""
+    """What is important, by name: `magnitude` (L1), `taylor`, … (docs/recipes.md has them all)."""
     ratio: Ratio | Literal["auto"] | None = None
     """The share to remove; `auto`: the largest that keeps the budget's `max_drop` on validation."""
     threshold: float | None = Field(None, gt=0)
@@ -124,6 +129,9 @@ class Prune(Stage):
     ) -> tuple[Student, Pruned | None]:
         """One removal; what it did to channels, where it was channels."""
         criterion = criteria.get(self.criterion)()
+        criterion.seed = run.seed
+        device = device_of(student.module)
+        calls = calls_of(run.task, run.data, run.seed, criterion, device)
         if self.granularity == "weight":
             pruned = prune_weights(
                 student,
@@ -133,15 +141,9 @@ class Prune(Stage):
                 scope=self.scope,
                 floor=self.floor,
                 exclude=self.exclude,
+                calls=calls,
             )
             return pruned, None
-        device = device_of(student.module)
-
-        def calls() -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-            batches: Iterator[Batch] = run.data.train.batches(128, shuffle=True, seed=run.seed)
-            for batch in islice(batches, OBSERVED):
-                yield run.task.arguments(to_device(batch, device))
-
         return prune_channels(
             student,
             _example(run, device),
@@ -181,6 +183,22 @@ class Prune(Stage):
             run.found["undone"] = said.undone
         for message in said.notes() if first else ():
             run.tell(_note(message))
+
+
+def calls_of(
+    task: Task, data: Data, seed: int, criterion: Criterion, device: torch.device
+) -> Calls:
+    """The training examples that a criterion which needs data sees, with the task's loss."""
+    size, count = (1, ONE_BY_ONE) if criterion.by_example else (128, OBSERVED)
+
+    def call(batch: Batch) -> Call:
+        return Call(*task.arguments(batch), lambda output: task.loss(output, batch))
+
+    def calls() -> Iterator[Call]:
+        for batch in islice(data.train.batches(size, shuffle=True, seed=seed), count):
+            yield call(to_device(batch, device))
+
+    return calls
 
 
 def _example(run: Context, device: Any) -> tuple[Tensor, ...]:

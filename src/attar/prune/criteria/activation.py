@@ -42,8 +42,8 @@ class Activation(Criterion):
     def observe(self, module: nn.Module, calls: Calls) -> None:
         names = {id(p): name for name, p in module.named_parameters()}
         with _Reading(names, self.measure) as reading:
-            for args, kwargs in calls():
-                module(*args, **kwargs)
+            for call in calls():
+                module(*call[0], **call[1])
         self._means = {path: total / count for path, (total, count) in reading.sums.items()}
 
     def scores(self, path: str, weight: Tensor, dim: int | None) -> Tensor:
