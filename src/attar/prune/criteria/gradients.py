@@ -74,7 +74,9 @@ class ByGradient(Criterion):
         if not loss.requires_grad:
             raise UsageError(f"{name}: the loss doesn't depend on any weight by a gradient")
         if not bool(torch.isfinite(loss)):
-            raise UsageError(f"{name}: the loss of a batch is {float(loss)}: nothing can be scored")
+            raise UsageError(
+                f"{name}: the loss of a batch is {float(loss.detach())}: nothing can be scored"
+            )
 
 
 def _trainable(module: nn.Module) -> nn.Module:
