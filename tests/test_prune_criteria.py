@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -128,7 +128,7 @@ def multiplied(weight: Tensor, where: tuple[Any, ...], factor: float) -> Iterato
 def slices(weight: Tensor, dim: int | None) -> list[tuple[Any, ...]]:
     """The places that one score each is for."""
     if dim is None:
-        return list(product(*map(range, weight.shape)))
+        return list(itertools.product(*map(range, weight.shape)))
     return [(*[slice(None)] * dim, i) for i in range(weight.shape[dim])]
 
 
@@ -754,3 +754,17 @@ def test_what_scores_channels_is_refused_for_weights(name) -> None:
         Prune(criterion=name, granularity="weight", ratio=0.5)
     with pytest.raises(UsageError, match="use granularity: channel"):
         prune_weights(Student(made(Convolutional)), criterion=criteria.get(name)(), ratio=0.5)
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md", "docs/recipes.md"])
+def test_the_documents_name_every_criterion(page) -> None:
+    lines = (Path(__file__).parents[1] / page).read_text(encoding="utf-8").splitlines()
+    if page == "docs/recipes.md":
+        start = lines.index(next(line for line in lines if line.startswith("| criterion | for |")))
+        rows = itertools.takewhile(lambda line: line.startswith("|"), lines[start + 2 :])
+        named = [row.split("`")[1] for row in rows]
+    else:
+        (row,) = (line for line in lines if line.startswith("| `prune` | `"))
+        named = row.split("`")[3::2]
+    own = {n for n in criteria.names() if criteria.get(n).__module__.startswith("attar.")}
+    assert sorted(named) == sorted(own)
