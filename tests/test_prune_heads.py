@@ -80,15 +80,22 @@ HEADS, WIDTH, BATCH, QUERIES, KEYS = 3, 12, 2, 4, 5
 
 
 def inputs_for(layout: str, which: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values: the `same` tensor, another as `memory`, or all `different`."""
-    queries, keys = QUERIES, QUERIES if which == "same" else KEYS
+    """Queries, keys and values: the `same` tensor, two the same (another as `memory`, or other
+    `values`), or all `different`."""
+    queries, keys = QUERIES, keys_for(which)
 
     def one(length: int, seed: int) -> Tensor:
         shape = {"alone": (length,), "first": (BATCH, length), "second": (length, BATCH)}[layout]
         return rand(*shape, WIDTH, seed=seed).requires_grad_()
 
     q, k, v = one(queries, 1), one(keys, 2), one(keys, 3)
-    return {"same": (q, q, q), "memory": (q, k, k), "different": (q, k, v)}[which]
+    return {
+        "same": (q, q, q), "memory": (q, k, k), "values": (q, q, v), "different": (q, k, v)
+    }[which]  # fmt: skip
+
+
+def keys_for(which: str) -> int:
+    return QUERIES if which in ("same", "values") else KEYS
 
 
 def mask_for(kind: str, batch: int, queries: int, keys: int) -> Tensor | None:
@@ -115,7 +122,7 @@ def answers_and_gradients(module: nn.Module, inputs, **options) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("layout", ["first", "second", "alone"])
-@pytest.mark.parametrize("which", ["same", "memory", "different"])
+@pytest.mark.parametrize("which", ["same", "memory", "values", "different"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.filterwarnings("ignore:Support for mismatched")
 def test_multi_head_attention_answers_as_before(layout, which, bias):
@@ -124,7 +131,7 @@ def test_multi_head_attention_answers_as_before(layout, which, bias):
     freed = free(attention)
     assert type(freed) is Heads and shapes(freed) == shapes(attention)
     inputs = inputs_for(layout, which)
-    keys, batch = QUERIES if which == "same" else KEYS, 1 if layout == "alone" else BATCH
+    keys, batch = keys_for(which), 1 if layout == "alone" else BATCH
     for padded, mask, weighed in product(
         [False, True],
         ["none", "bool 2d", "float 2d", "bool 3d", "float 3d"],
