@@ -274,6 +274,16 @@ def test_the_network_and_the_random_state_are_left_as_they_were(name) -> None:
     assert (frozen > 0).sum() >= len(frozen) - 1
 
 
+@pytest.mark.parametrize("name", BY_GRADIENT)
+def test_a_network_in_training_is_scored_as_it_answers(name) -> None:
+    module = made(Convolutional)
+    calls = batches(*examples(module))
+    quiet, busy = observed(name, module, calls), observed(name, module.train(), calls)
+    for path, weight in weight_matrices(module).items():
+        a, b = (c.scores(path, weight.detach(), 0) for c in (quiet, busy))
+        assert torch.equal(a, b)
+
+
 class Tied(nn.Module):
     """One weight under two names."""
 
@@ -478,6 +488,26 @@ def test_units_in_another_order_score_the_same_by_gradients(order, seed, name) -
         a = straight.scores(path, module.get_parameter(path).detach(), dim)
         b = other.scores(path, turned.get_parameter(path).detach(), dim)
         torch.testing.assert_close(b, a[order], rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "sides"),
+    [("fisher", "in"), ("geometric-median", "out"), ("random", "out"), ("taylor", "out in")],
+)
+def test_a_channel_scores_by_the_weights_that_make_it_or_read_it(name, sides) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    x = torch.randn(4, 3, dtype=torch.float64)
+    criterion = observed(name, module, batches(x, torch.tensor([0, 1, 2, 1])))
+    graph = channel_graph(module, (x[:1],))
+    (atoms,) = (p.atoms for p in graph.producers if p.layer == "0")
+    ends = {"out": ("0.weight", 0), "in": ("2.weight", 1)}
+    parts = []
+    for path, dim in (ends[side] for side in sides.split()):
+        part = criterion.scores(path, module.get_parameter(path).detach(), dim)
+        parts.append(part / part.mean())
+    scores = atom_scores(module, graph, criterion)[atoms]
+    np.testing.assert_allclose(scores, sum(parts) / len(parts), rtol=1e-6)
 
 
 @networks

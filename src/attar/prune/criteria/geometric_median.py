@@ -16,7 +16,7 @@ class GeometricMedian(Criterion):
 
     F are the weights that make each channel; those nearest to all others go, whatever their size.
     Source: He et al. 2019, "Filter Pruning via Geometric Median for Deep Convolutional Neural
-    Networks Acceleration" (FPGM, equation 6).
+    Networks Acceleration" (FPGM).
     """
 
     granularities = ("channel",)

@@ -16,8 +16,7 @@ class Lamp(Criterion):
     Weights are sorted by size, equal ones in their order; the largest of every layer scores 1.
     Scores are made for `scope: global` and compared across layers as they are; within a layer they
     rank as `magnitude`. Channels, an extension, score so by the squared L2 norm of the weights that
-    make them. Source: Lee et al. 2021, "Layer-adaptive Sparsity for the Magnitude-based Pruning"
-    (equation 4).
+    make them. Source: Lee et al. 2021, "Layer-adaptive Sparsity for the Magnitude-based Pruning".
     """
 
     sides = ("out",)

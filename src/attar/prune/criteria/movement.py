@@ -16,7 +16,7 @@ class Movement(ByGradient):
     t runs over the batches, one step of plain SGD on a copy of the network each; a channel's S is
     the sum of its weights'. Scores are S less the smallest of the layer, so that none is negative.
     Needs batches with their losses. lr: the steps' learning rate.
-    Source: Sanh et al. 2020, "Movement Pruning: Adaptive Sparsity by Fine-Tuning" (equation 3);
+    Source: Sanh et al. 2020, "Movement Pruning: Adaptive Sparsity by Fine-Tuning";
     Lagunas et al. 2021, "Block Pruning For Faster Transformers" (sums over blocks).
     """
 

@@ -12,6 +12,6 @@ class Taylor(SquaredProducts):
 
     The sum is over a channel's weights; single weights score (w · ∂L/∂w)². A gradient is that of a
     batch's loss, and the mean is over the batches. Needs batches with their losses.
-    Source: Molchanov et al. 2019, "Importance Estimation for Neural Network Pruning" (equations 7
-    and 8, the mean over minibatches of section 3.3).
+    Source: Molchanov et al. 2019, "Importance Estimation for Neural Network Pruning" (the
+    first order, a filter's weights as a group, averaged over minibatches).
     """
