@@ -115,7 +115,7 @@ def prune_channels(
 
     chosen = select()
     removal, failure = _attempt(module, graph, chosen.atoms, example)
-    while failure and _tie_widths(graph, failure):
+    while failure and _keep_equal(graph, failure):
         chosen = select()
         removal, failure = _attempt(module, graph, chosen.atoms, example)
     undone: dict[str, str] = {}
@@ -178,19 +178,19 @@ def _attempt(
     return removal, None
 
 
-def _tie_widths(graph: ChannelGraph, failure: str) -> bool:
-    """Ties what may have to be as wide as what at the line that a removal failed at, such as
-    attention's heads and the network's width where code reads one off the other. False where
-    there is nothing more to tie."""
-    apart = [(line, a, b) for line, a, b in graph.widths if line and (a != b).any()]
+def _keep_equal(graph: ChannelGraph, failure: str) -> bool:
+    """Makes tensors stay as wide as one another that may have to at the line a removal failed at,
+    such as attention's heads and the network around them where code reads one width off the other;
+    then all such tensors of that file. False where there is nothing more to make equal."""
+    known = {(line, a.tobytes(), b.tobytes()) for line, a, b in graph.equal}
+    apart = [
+        w for w in graph.widths if w[0] and (w[0], w[1].tobytes(), w[2].tobytes()) not in known
+    ]
     file = failure.partition(" at ")[2].partition(":")[0]
     here = [w for w in apart if f" at {w[0]}:" in failure]
     near = [w for w in apart if file and w[0].startswith(f"{file}:")]
-    for tied in (here, near):
-        if tied:
-            graph.merge(*(np.concatenate(side) for side in list(zip(*tied, strict=True))[1:]))
-            return True
-    return False
+    graph.equal += here or near
+    return bool(here or near)
 
 
 def _freeze_guilty(

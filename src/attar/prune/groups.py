@@ -9,7 +9,7 @@ it occurs in.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -51,14 +51,18 @@ class JointPlace:
     atoms: np.ndarray
 
 
+Width = tuple[str, np.ndarray, np.ndarray]
+"""A line of code, and the atoms of two tensors that are as wide as one another there."""
+
+
 @dataclass
 class ChannelGraph:
     """A network's atoms: where they occur and which must stay.
 
     frozen: why an atom can't be removed, by atom; what is not in it can be. reshapes: operators
     that give atoms a new shape, which their code may fix. joint: operators that compute over
-    channels, as `program`, the exported graph, has them. widths: by line of code, atoms that may
-    have to go together there, for a size that was read off another tensor.
+    channels, as `program`, the exported graph, has them. widths: tensors that may have to stay as
+    wide as one another, for a size that was read off the other; equal: those of them that must.
     """
 
     places: list[Place]
@@ -66,7 +70,8 @@ class ChannelGraph:
     frozen: dict[int, str] = field(default_factory=dict)
     reshapes: list[tuple[np.ndarray, str]] = field(default_factory=list)
     joint: list[JointPlace] = field(default_factory=list)
-    widths: list[tuple[str, np.ndarray, np.ndarray]] = field(default_factory=list)
+    widths: list[Width] = field(default_factory=list)
+    equal: list[Width] = field(default_factory=list)
 
     @property
     def producers(self) -> list[Place]:
@@ -84,23 +89,19 @@ class ChannelGraph:
         for atom in atoms:
             self.frozen.setdefault(int(atom), reason)
 
-    def merge(self, a: np.ndarray, b: np.ndarray) -> None:
-        """Makes one of atoms that meet in two arrays: from now on they go together."""
-        count = 1 + max(int(p.atoms.max(initial=-1)) for p in self.places)
-        meeting = (a >= 0) & (b >= 0)
-        pairs = coo_matrix((np.ones(meeting.sum()), (a[meeting], b[meeting])), shape=(count, count))
-        atoms = connected_components(pairs, directed=False)[1]
-
-        def merged(old: np.ndarray) -> np.ndarray:
-            return np.where(old >= 0, atoms[old], old)
-
-        self.places = [replace(p, atoms=merged(p.atoms)) for p in self.places]
-        self.joint = [replace(j, atoms=merged(j.atoms)) for j in self.joint]
-        self.reshapes = [(merged(found), said) for found, said in self.reshapes]
-        self.widths = [(line, merged(a), merged(b)) for line, a, b in self.widths]
-        frozen, self.frozen = self.frozen, {}
-        for atom, reason in frozen.items():
-            self.freeze([int(atoms[atom])], reason)
+    def equal_widths(self) -> list[tuple[str, list[np.ndarray]]]:
+        """The arrays of atoms, by `equal`, that must keep as many channels: one list for each set
+        of them that hang together, with a line where they do."""
+        arrays = [*{side.tobytes(): side for _, *pair in self.equal for side in pair}.values()]
+        places = {side.tobytes(): i for i, side in enumerate(arrays)}
+        pairs = [[places[side.tobytes()] for side in pair] for _, *pair in self.equal]
+        if not pairs:
+            return []
+        rows, columns = zip(*pairs, strict=True)
+        met = coo_matrix((np.ones(len(pairs)), (rows, columns)), shape=(len(arrays),) * 2)
+        count, which = connected_components(met, directed=False)
+        lines = {int(which[row]): w[0] for row, w in zip(rows, self.equal, strict=True)}
+        return [(lines[c], [arrays[i] for i in np.flatnonzero(which == c)]) for c in range(count)]
 
     def kept_whole(self) -> dict[str, str]:
         """Layers none of whose output channels can be removed, and why."""

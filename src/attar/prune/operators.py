@@ -8,6 +8,7 @@ of the result. An operator without a rule freezes the channels that reach it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,9 +29,9 @@ LATE = SPLITS | {
     "view_as", "reshape_as", "flatten", "permute", "transpose", "t", "mT", "squeeze", "unsqueeze",
     "expand", "expand_as", "movedim", "swapaxes", "swapdims", "repeat_interleave", "stack", "cat",
     "select", "slice", "narrow", "split", "chunk", "unbind", "split_with_sizes", "getitem",
-    "contiguous", "clone", "to", "_to_copy", "dropout", "_assert_tensor_metadata", "mul", "add",
-    "sub", "div", "neg", "pow", "rsqrt", "sqrt", "clamp_min", "relu", "linalg_vector_norm", "norm",
-    "sum", "mean", "layer_norm", "rms_norm", "softmax", "_softmax", "masked_fill", "where",
+    "contiguous", "clone", "to", "_to_copy", "type_as", "dropout", "_assert_tensor_metadata", "mul",
+    "add", "sub", "div", "neg", "pow", "rsqrt", "sqrt", "clamp_min", "relu", "linalg_vector_norm",
+    "norm", "sum", "mean", "layer_norm", "rms_norm", "softmax", "_softmax", "masked_fill", "where",
     "scaled_dot_product_attention", "matmul", "bmm", "einsum",
 }  # fmt: skip
 """Operators that take labels still spread over several dimensions."""
@@ -206,7 +207,7 @@ def group_norm(trace: Trace, node: Node, a: dict[str, Any]) -> Tensor:
 
 @rule(
     "dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "contiguous", "clone",
-    "to", "_to_copy", "type_as", "alias", "detach", "lift_fresh_copy", "lift_fresh", "hardswish",
+    "to", "_to_copy", "alias", "detach", "lift_fresh_copy", "lift_fresh", "hardswish",
     "relu6", "__and__", "__or__", "floor_divide", "masked_fill", "where", "rsub", "log_sigmoid",
     "celu", "mish",
 )  # fmt: skip
@@ -261,6 +262,13 @@ def _filled(labels: Tensor, others: Tensor) -> Tensor:
     return torch.where(bare, others, labels) if bool(bare.any()) else labels
 
 
+@rule("type_as")
+def as_it_is(trace: Trace, node: Node, a: dict[str, Any]) -> Tensor:
+    """The same elements; the other tensor says but their type."""
+    kept: Tensor = a["self"]
+    return kept
+
+
 @rule("copy", "fill")
 def write(trace: Trace, node: Node, a: dict[str, Any]) -> Tensor:
     """Writing channels into a part of another tensor ties both."""
@@ -289,6 +297,23 @@ def _resized(trace: Trace, node: Node, x: Tensor, shape: torch.Size) -> Tensor:
     if set(changed) & set(varying(x)):
         return trace.opaque(node, [x], "mixes channels with positions")
     return _first(x, changed).expand(shape)
+
+
+@rule("im2col")
+def unfold(trace: Trace, node: Node, a: dict[str, Any]) -> Tensor:
+    """Each channel becomes as many rows as a window has places, one after the other."""
+    x = trace.channels(a["self"], a["self"].dim() - 3)
+    shape = node.meta["val"].shape
+    return _along(x.repeat_interleave(shape[-2] // len(x)), shape, len(shape) - 2)
+
+
+@rule("col2im")
+def fold(trace: Trace, node: Node, a: dict[str, Any]) -> Tensor:
+    """The rows of a channel's window go together."""
+    shape = node.meta["val"].shape
+    rows = trace.channels(a["self"], a["self"].dim() - 2).view(shape[-3], -1)
+    trace.ties.tie(rows, rows[:, :1])
+    return _along(rows[:, 0], shape, len(shape) - 3)
 
 
 @rule(
@@ -336,7 +361,7 @@ def attention(trace: Trace, node: Node, a: dict[str, Any]) -> Tensor:
     heads = [_first(x, [x.dim() - 1, x.dim() - 2]) for x in (q, k)]
     if v.dim() - 1 not in varying(v):
         heads.append(_first(v, [v.dim() - 1, v.dim() - 2]))
-    if a["attn_mask"] is not None and a["attn_mask"].dim() == len(shape):
+    if a["attn_mask"] is not None and a["attn_mask"].dim() > 2:
         mask = trace.whole(a["attn_mask"], [-1, -2], node, _ATTENDS)
         heads.append(_first(mask, [mask.dim() - 1, mask.dim() - 2]))
     joined = heads[0]
@@ -412,6 +437,10 @@ def _contracted(trace: Trace, node: Node, a: Named, b: Named, result: list[Any])
         for labels in (x, y):
             trace.freeze(labels, node, "pairs channels with channels")
         return trace.each(node, lambda shape: torch.tensor(NOTHING).expand(shape))
+    for i, names in enumerate((of_x, of_y)):
+        if moves[1 - i] - set(names) and not moves[i] and bool((stored(wide[i]) >= 0).any()):
+            trace.freeze(wide[i], node, "spreads one channel over several")
+            wide[i] = torch.full_like(wide[i], NOTHING)
     trace.ties.tie(*wide)
     kept = _filled(*sorted(wide, key=lambda t: -len(varying(tidy(t)))))
     gone = [d for d, n in enumerate(every) if n not in result]
@@ -489,28 +518,76 @@ def roll(trace: Trace, node: Node, a: dict[str, Any]) -> Tensor:
     return trace.run(node)
 
 
-@rule("slice", "select", "narrow", "index_select", "split_with_sizes", "gather")
+@rule("slice")
+def slice_of(trace: Trace, node: Node, a: dict[str, Any]) -> Tensor:
+    """Fine over positions; channels up to where it begins and ends are counted off."""
+    x, d = a["self"], a["dim"]
+    size = x.shape[d]
+    bounds = [_within(b, size) for b in (a["start"], a["end"]) if b is not None]
+    if a["step"] != 1:
+        trace.whole(x, [d], node, "picks channels at fixed places")
+    else:
+        trace.cut(node, x, d, [range(0, b) for b in bounds if 0 < b < size])
+    result: Tensor = trace.run(node)
+    return result
+
+
+def _within(bound: int, size: int) -> int:
+    """A bound of a slice as a place from 0 to `size`."""
+    return min(max(bound + size if bound < 0 else bound, 0), size)
+
+
+@rule("split_with_sizes")
+def split_by_sizes(trace: Trace, node: Node, a: dict[str, Any]) -> Any:
+    """Fine over positions; the channels of each piece are counted off."""
+    ends = [*accumulate(a["split_sizes"])]
+    places = [range(e - n, e) for e, n in zip(ends, a["split_sizes"], strict=True)]
+    trace.cut(node, a["self"], a["dim"], places)
+    return trace.run(node)
+
+
+@rule("select", "narrow", "index_select", "gather")
 def part(trace: Trace, node: Node, a: dict[str, Any]) -> Any:
-    """Fine over positions; a part of the channels is cut at fixed places, so all must stay."""
+    """Fine over positions; a part of the channels is picked by number, so all must stay."""
     x = a["self"]
     if trace.shapes(node) != [x.shape]:
-        trace.whole(x, [a["dim"]], node, "cuts channels at a fixed place")
+        trace.whole(x, [a["dim"]], node, "picks channels at fixed places")
     if any(isinstance(v, Tensor) and k != "self" for k, v in a.items()):
         return trace.each(node, lambda shape: _resized(trace, node, x, shape))
     return trace.run(node)
 
 
-@rule("chunk", "split", "unbind", "tensor_split")
+@rule("chunk")
+def chunk(trace: Trace, node: Node, a: dict[str, Any]) -> Any:
+    """As equal pieces; a weight's rows in chunks are weights."""
+    weight = trace.weight(a["self"])
+    if weight is None or a["dim"] % len(weight.shape):
+        return pieces(trace, node, {**a, "self": trace.labels(node.all_input_nodes[0])})
+    parts = weight.chunks([shape[0] for shape in trace.shapes(node)])
+    _tie_pieces(trace, [trace.along(part, 0, "own") for part in parts], 0)
+    return parts
+
+
+@rule("split", "unbind", "tensor_split")
 def pieces(trace: Trace, node: Node, a: dict[str, Any]) -> Any:
-    """Equal pieces must stay equal: the same place in each goes together."""
+    """Equal pieces must stay equal: the same place in each goes together. So too where the last of
+    several chunks is shorter, whose size is rounded up."""
     x, results = a["self"], trace.run(node)
-    if a["dim"] % x.dim() in varying(x):
-        if len({piece.shape for piece in results}) == 1:
-            for piece in results[1:]:
-                trace.ties.tie(results[0], piece)
-        else:
-            trace.whole(x, [a["dim"]], node, "cuts channels at a fixed place")
+    d = a["dim"] % x.dim()
+    if d not in varying(x):
+        return results
+    if name_of(node.target) == "tensor_split" and results[0].shape != results[-1].shape:
+        trace.whole(x, [d], node, "cuts channels at a fixed place")
+    else:
+        _tie_pieces(trace, results, d)
     return results
+
+
+def _tie_pieces(trace: Trace, parts: list[Tensor], d: int) -> None:
+    """Ties pieces to the first; the last may be shorter along `d`."""
+    for part in parts[1:]:
+        same = part.shape == parts[0].shape
+        trace.ties.tie(parts[0] if same else parts[0].narrow(d, 0, part.shape[d]), part)
 
 
 @rule("index")

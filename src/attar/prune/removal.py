@@ -101,16 +101,13 @@ class ChannelsRemoved(Edit):
         for name, count in counts.items():
             attribute, _, place = name.rstrip("]").partition("[")
             held: Any = getattr(owner, attribute, None)
-            value = held
-            if place and isinstance(held, tuple):
-                value = dict(enumerate(held)).get(int(place))
+            items = list(held) if place and isinstance(held, (tuple, list)) else [held]
+            i = int(place or 0)
+            value = items[i] if i < len(items) else None
             if not isinstance(value, int) or value < count:
                 raise CheckpointError(f"{path}.{name} is {value}, which can't fall by {count}")
-            left: Any = value - count
-            if place:
-                i = int(place)
-                left = (*held[:i], left, *held[i + 1 :])
-            setattr(owner, attribute, left)
+            items[i] = value - count
+            setattr(owner, attribute, type(held)(items) if place else items[0])
 
 
 def removal_of(graph: ChannelGraph, atoms: Iterable[int]) -> ChannelsRemoved:
@@ -235,6 +232,13 @@ def _features(m: Any) -> dict[str, Any]:
     return {"num_features": tensor.shape[0]}
 
 
+def _attention(m: Any) -> dict[str, Any]:
+    if m.in_proj_weight is None:  # other widths of keys and values: its heads stay
+        return {"embed_dim": m.q_proj_weight.shape[1]}
+    rows, width = m.in_proj_weight.shape
+    return {"embed_dim": width, "num_heads": rows // 3 // m.head_dim}
+
+
 _COUNTS: dict[type[nn.Module], Callable[[Any], dict[str, Any]]] = {
     _ConvTransposeNd: _conv_transpose,
     _ConvNd: _conv,
@@ -244,7 +248,7 @@ _COUNTS: dict[type[nn.Module], Callable[[Any], dict[str, Any]]] = {
     nn.RMSNorm: lambda m: {"normalized_shape": tuple(m.weight.shape)},
     nn.GroupNorm: lambda m: {"num_channels": m.weight.shape[0]},
     nn.PReLU: lambda m: {"num_parameters": m.weight.shape[0]},
-    nn.MultiheadAttention: lambda m: {"embed_dim": m.in_proj_weight.shape[1]},
+    nn.MultiheadAttention: _attention,
     nn.Embedding: lambda m: {"embedding_dim": m.weight.shape[1]},
 }
 

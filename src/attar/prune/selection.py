@@ -115,6 +115,12 @@ def select_channels(
     low = _lowest(graph, scores, free, ratio, threshold, scope, original)
     gone = np.zeros(len(scores), dtype=bool)
     selection = Selection(np.empty(0, np.int64))
+    for line, arrays in graph.equal_widths():
+        share = low[np.concatenate(arrays)].mean() if low is not None else ratio
+        assert share is not None
+        if not _settle_equally(arrays, share, widths, scores, free, gone):
+            atoms = np.unique(np.concatenate(arrays))
+            graph.freeze(atoms, f"{line} takes one width for another's, and no less suits both")
     for place in sorted(graph.producers, key=lambda p: len(p.atoms)):
         width = (original or {}).get(place.layer, len(place.atoms))
         if low is None:
@@ -125,23 +131,65 @@ def select_channels(
         keep = widths.allowed(wanted, width)
         if keep > math.ceil(wanted) and keep == widths.least(width) and free[place.atoms].any():
             selection.floored.append(place.layer)
-        _settle(place, keep, scores, free, gone)
+        _settle(place.atoms, keep, scores, free, gone)
+    for place in graph.places:
+        if place.role == "in" and _refill(place.atoms, widths, scores, gone):
+            selection.floored.append(place.layer)
     selection.atoms = np.flatnonzero(gone)
     return selection
 
 
+def _settle_equally(
+    arrays: list[np.ndarray],
+    share: float,
+    widths: Widths,
+    scores: np.ndarray,
+    free: np.ndarray,
+    gone: np.ndarray,
+) -> bool:
+    """Takes the share from each of several arrays of atoms, or the nearest that leaves all of them
+    as many channels; none where there is no such share."""
+    width = len(arrays[0])
+    wanted = widths.allowed((1 - share) * width, width)
+    for keep in sorted(range(widths.least(width), width), key=lambda n: (abs(n - wanted), n)):
+        still_free, taken = free.copy(), gone.copy()
+        left = [_settle(atoms, keep, scores, still_free, taken) for atoms in arrays]
+        if set(left) == {keep}:
+            free[:], gone[:] = still_free, taken
+            return True
+    free[np.concatenate(arrays)] = False
+    return False
+
+
 def _settle(
-    place: Place, keep: int, scores: np.ndarray, free: np.ndarray, gone: np.ndarray
-) -> None:
-    """Removes the least important free atoms of one layer until `keep` channels are left."""
-    channels = np.bincount(place.atoms, minlength=len(scores))
-    mine = np.unique(place.atoms[free[place.atoms]])
-    left = len(place.atoms) - int(channels[gone].sum())
+    atoms: np.ndarray, keep: int, scores: np.ndarray, free: np.ndarray, gone: np.ndarray
+) -> int:
+    """Removes the least important free atoms of an array, one a channel, until `keep` channels are
+    left; gives how many are."""
+    channels = np.bincount(atoms, minlength=len(scores))
+    mine = np.unique(atoms[free[atoms]])
+    left = len(atoms) - int(channels[gone].sum())
     for atom in mine[np.argsort(scores[mine], kind="stable")]:
         if left - channels[atom] >= keep:
             gone[atom] = True
             left -= int(channels[atom])
     free[mine] = False
+    return left
+
+
+def _refill(atoms: np.ndarray, widths: Widths, scores: np.ndarray, gone: np.ndarray) -> bool:
+    """Takes back the most important atoms of an array of which too few would be left: those of a
+    layer that reads a part of what another makes."""
+    least = widths.least(len(atoms))
+    left = len(atoms) - int(gone[atoms].sum())
+    if left >= least:
+        return False
+    mine = np.unique(atoms[gone[atoms]])
+    for atom in mine[np.argsort(-scores[mine], kind="stable")]:
+        if left < least:
+            gone[atom] = False
+            left += int((atoms == atom).sum())
+    return True
 
 
 def _lowest(

@@ -17,20 +17,34 @@ from torch.fx.node import map_arg
 from attar.errors import ExportError
 from attar.prune.labels import NOTHING, Ties, main_dimension, stored, tidy, varying
 from attar.prune.operators import LATE, SIZED, SPLITS, find_rule, name_of
+from attar.prune.sources import Attribute, frames, sizes
 from attar.training.evaluation import evaluating
 
 Role = Literal["out", "in", "own", "attribute"]
 
+_FOLLOWED = 1 << 21
+"""Elements of the largest parameter that is followed one by one, where an activation needs that."""
 OUTPUT = "its channels are the network's output"
 _NONE = torch.tensor(NOTHING)
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter or buffer where an operator takes it whole."""
+    """A parameter or buffer where an operator takes it whole, or as many of its rows from `start`
+    on as `shape` says."""
 
     path: str
     shape: torch.Size
+    start: int = 0
+    rows: int = 0
+
+    def chunks(self, lengths: Iterable[int]) -> list[Weight]:
+        """Its rows in parts of these lengths."""
+        parts, start = [], self.start
+        for n in lengths:
+            parts.append(Weight(self.path, torch.Size([n, *self.shape[1:]]), start, self.rows))
+            start += n
+        return parts
 
 
 @dataclass(frozen=True)
@@ -97,6 +111,7 @@ class Trace:
         self._constant: set[Node] = set()
         self._undecided: dict[Node, list[Tensor]] = {}
         self._shaped: list[tuple[Node, Tensor]] = []
+        self._cuts: list[tuple[Node, Tensor, int, list[range]]] = []
         program = self.program = export(module, example)
         signature = program.graph_signature
         self._stored = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -120,13 +135,20 @@ class Trace:
             known = self.axes[path, at] = Axis(path, at, known.start, size, role)
         return torch.arange(known.start, known.start + known.size)
 
+    def along(self, weight: Weight, d: int, role: Role) -> Tensor:
+        """The slots of a weight's dimension, int64 (weight.shape[d],)."""
+        if d:
+            return self.axis(weight.path, d, weight.shape[d], role)
+        whole = self.axis(weight.path, 0, weight.rows, role)
+        return whole[weight.start : weight.start + weight.shape[0]]
+
     def weight(self, value: Any) -> Weight | None:
         """A stored weight, or `None` for one that is computed."""
         return value if isinstance(value, Weight) else None
 
     def producer(self, weight: Weight, d: int, bias: Any) -> Tensor:
         """New channels made by dimension `d` of a weight, its bias with them."""
-        out = self.axis(weight.path, d, weight.shape[d], "out")
+        out = self.along(weight, d, "out")
         if bias is not None:
             self.follow(bias, 0, out)
         return out
@@ -134,7 +156,7 @@ class Trace:
     def follow(self, value: Any, d: int, channels: Tensor) -> None:
         """Ties a parameter's dimension to channels whose own it is."""
         if isinstance(value, Weight):
-            self.ties.tie(self.axis(value.path, d, value.shape[d], "own"), channels)
+            self.ties.tie(self.along(value, d, "own"), channels)
         elif isinstance(value, Constant):
             self._freeze(channels, "a constant of the code is as wide as they are many")
         else:
@@ -177,7 +199,15 @@ class Trace:
         once = stored(tidy(x))
         settled = once.amax(dim=dims, keepdim=True)
         self.ties.tie(once, settled)
+        self._replace(x, settled.expand(x.shape), node)
         return settled.expand(x.shape)
+
+    def _replace(self, labels: Tensor, by: Tensor, node: Node) -> None:
+        """Gives all who read these labels, under whatever name, those that ties made of them."""
+        for n in {*node.all_input_nodes, *self._undecided}:
+            value = self._values[n]
+            if isinstance(value, Tensor) and _same(value, labels):
+                self._values[n] = by
 
     def over(self, x: Tensor, d: int, node: Node) -> Tensor:
         """Remembers an operator that computes over channels, the only ones its input has; gives
@@ -197,6 +227,12 @@ class Trace:
             return self.axis(path, attribute, count, "attribute")
         return self.frozen_labels(node, f"counts {count} channels by a fixed number", count)
 
+    def cut(self, node: Node, labels: Tensor, d: int, places: list[range]) -> None:
+        """Remembers that an operator counts off these places of dimension `d`, if channels lie
+        along it: what their sizes are taken from is found when all ties are known."""
+        if d % labels.dim() in varying(tidy(labels)):
+            self._cuts.append((node, labels, d % labels.dim(), places))
+
     def reshaped(self, labels: Tensor, node: Node) -> None:
         """Remembers that these channels get a new shape here."""
         if varying(tidy(labels)):
@@ -204,9 +240,7 @@ class Trace:
 
     def frozen_labels(self, node: Node, why: str, size: int) -> Tensor:
         """New labels that can't be removed, int64 (size,)."""
-        slots = self.ties.slots(size)
-        self.freeze(slots, node, why)
-        return slots
+        return self._frozen(size, f"{self.describe(node)} {why}")
 
     def opaque(self, node: Node, inputs: list[Tensor], why: str) -> Any:
         """The result of an operator that needs its inputs, and is needed, whole."""
@@ -220,9 +254,9 @@ class Trace:
     def run(self, node: Node) -> Any:
         """The node's own operator on its inputs' labels."""
         try:
-            return self._apply(node, lambda n: _each_tensor(self._labels(n), Tensor.detach))
+            return self._apply(node, lambda n: _each_tensor(self.labels(n), Tensor.detach))
         except RuntimeError:  # a view that labels stored once for many elements don't have
-            return self._apply(node, lambda n: _each_tensor(self._labels(n), Tensor.contiguous))
+            return self._apply(node, lambda n: _each_tensor(self.labels(n), Tensor.contiguous))
 
     def each(self, node: Node, make: Callable[[torch.Size], Tensor]) -> Any:
         """A label tensor for the node's result, or for each of its several results."""
@@ -260,16 +294,8 @@ class Trace:
 
     def line(self, node: Node) -> str:
         """The file and line that an operator was written in: `model.py:12`; may be empty."""
-        lines = [
-            line.strip()
-            for line in (node.meta.get("stack_trace") or "").splitlines()
-            if "File" in line
-        ]
-        own = [line for line in lines if "/torch/" not in line] or lines
-        if not own:
-            return ""
-        file, _, rest = own[-1].removeprefix("File ").partition(", line ")
-        return f"{file.strip(chr(34)).rpartition('/')[2]}:{rest.partition(',')[0]}"
+        found = frames(node)
+        return f"{Path(found[0].file).name}:{found[0].line}" if found else ""
 
     # --- the walk ---------------------------------------------------------------------------------
 
@@ -277,7 +303,7 @@ class Trace:
         if node.op == "placeholder":
             self._values[node] = self._placeholder(node)
         elif node.op == "output":
-            for labels in _tensors(map_arg(node.args, self._labels)):
+            for labels in _tensors(map_arg(node.args, self.labels)):
                 self._freeze(labels, OUTPUT)
         elif node.op == "call_function":
             if node.all_input_nodes and self._constant.issuperset(node.all_input_nodes):
@@ -319,24 +345,50 @@ class Trace:
                 first = self.ties.representatives()
 
     def _count_by_attributes(self) -> None:
-        """Ties the attributes that count heads, or a width, to what reshapes in their module make.
-
-        Code like `x.view(n, length, self.num_heads, -1)` has the count written into the graph: the
-        module's attribute of that value and of a name that says so is taken for its origin.
-        """
+        """Ties the attributes that sizes in the code are taken from to the channels they count; at
+        a cut, what is counted by anything else stays."""
         first = self.ties.representatives()
         for node, labels in self._shaped:
             now = tidy(_mapped(first, labels))
-            path = self.module_path(node)
-            counts = counters(self.module.get_submodule(path))
+            taken = self._taken(node, now)
             for d in varying(now):
                 channels = self.channels(now, d)
-                named = [name for name, count in counts.items() if count == len(channels)]
-                for attribute in named[:1]:
-                    axis = self.axis(path, attribute, len(channels), "attribute")
-                    self.ties.tie(axis, channels)
-                if not named:
-                    self._maybe_of_input(node, path, channels)
+                if d in taken:
+                    self._count(taken[d], channels)
+                else:
+                    self._maybe_of_input(node, self.module_path(node), channels)
+        for node, labels, d, places in self._cuts:
+            now = tidy(_mapped(first, labels))
+            if d in varying(now):
+                self._count_pieces(node, self.channels(now, d), places)
+
+    def _taken(self, node: Node, result: Tensor) -> dict[int, Attribute]:
+        """The attributes that the sizes of a result are taken from, by dimension."""
+        given, start = [*result.shape], 0
+        arguments = self._arguments(node)
+        if "sizes" in arguments:  # unflatten
+            given = arguments["sizes"]
+            start = arguments["dim"] % (result.dim() - len(given) + 1)
+        elif "split_size" in arguments:
+            given, start = [arguments["split_size"]], arguments["dim"] % result.dim()
+        found = sizes(self.module, self.module_path(node), node, _called(node), given)
+        return {
+            start + i: a for i, a in enumerate(found) if a and a.value == result.shape[start + i]
+        }
+
+    def _count_pieces(self, node: Node, channels: Tensor, places: list[range]) -> None:
+        lengths = [len(place) for place in places]
+        taken = sizes(self.module, self.module_path(node), node, _called(node), lengths)
+        for place, attribute in zip(places, taken, strict=True):
+            piece = channels[place.start : place.stop]
+            if attribute is None:
+                self.freeze(piece, node, "cuts channels at a fixed place")
+            else:
+                self._count(attribute, piece)
+
+    def _count(self, attribute: Attribute, channels: Tensor) -> None:
+        axis = self.axis(attribute.path, attribute.name, len(channels), "attribute")
+        self.ties.tie(axis, channels)
 
     def _maybe_of_input(self, node: Node, path: str, channels: Tensor) -> None:
         """Remembers that a size may have been read off the module's input, which is as wide."""
@@ -355,7 +407,8 @@ class Trace:
             return label[0].expand(value.shape)
         self._constant.add(node)
         if node.name in self._stored:
-            return Weight(self._stored[node.name], value.shape)
+            rows = value.shape[0] if value.dim() else 1
+            return Weight(self._stored[node.name], value.shape, rows=rows)
         return Constant(value.shape)
 
     def _call(self, node: Node) -> Any:
@@ -365,7 +418,7 @@ class Trace:
                 if self._undecided.pop(n, None):
                     self._values[n] = _each_tensor(self._values[n], self.settle)
         if rule is None:
-            inputs = [x for n in node.all_input_nodes for x in _tensors(self._labels(n))]
+            inputs = [x for n in node.all_input_nodes for x in _tensors(self.labels(n))]
             return self.opaque(node, inputs, "is an operator whose channels Attar can't follow")
         return rule(self, node, self._arguments(node))
 
@@ -385,11 +438,11 @@ class Trace:
             name = name_of(node.target)
             whole = argument.name in (_WHOLE if name in _TAKES_WEIGHTS else _WHOLE_IN.get(name, ()))
             result[argument.name] = map_arg(
-                value, self._values.__getitem__ if whole else self._labels
+                value, self._values.__getitem__ if whole else self.labels
             )
         return result
 
-    def _labels(self, node: Node) -> Any:
+    def labels(self, node: Node) -> Any:
         """A node's labels; a stored tensor used as an activation has a slot an element."""
         value = self._values[node]
         if isinstance(value, Constant):
@@ -397,39 +450,30 @@ class Trace:
             self._freeze(slots, "its channels meet a constant of the code")
             return slots.view(value.shape) if len(slots) > 1 else _NONE.expand(value.shape)
         if isinstance(value, Weight):
+            if value.shape.numel() > _FOLLOWED:
+                why = f"{value.path} is used other than as a layer's weight, and large"
+                return self._frozen(1, why)[0].expand(value.shape)
+            if len(value.shape) == 1:
+                return self.along(value, 0, "own")
             if value.path not in self.elements:
-                slots = self.ties.slots(value.shape.numel())
-                self.elements[value.path] = slots.view(value.shape)
-            return self.elements[value.path]
+                shape = torch.Size([value.rows, *value.shape[1:]]) if value.shape else value.shape
+                self.elements[value.path] = self.ties.slots(shape.numel()).view(shape)
+            whole = self.elements[value.path]
+            return whole[value.start : value.start + value.shape[0]] if value.shape else whole
         return value
+
+    def _frozen(self, size: int, reason: str) -> Tensor:
+        slots = self.ties.slots(size)
+        self._freeze(slots, reason)
+        return slots
 
     def _freeze(self, labels: Tensor, reason: str) -> None:
         known = torch.unique(stored(labels))
         self.reasons.append((known[known >= 0], reason))
 
 
-COUNTERS = (
-    "split_size", "num_heads", "n_heads", "n_head", "heads", "num_attention_heads",
-    "num_key_value_heads", "attn_dim", "val_attn_dim", "all_head_size", "inner_dim", "hidden_dim",
-    "hidden_size", "embed_dim", "dim_out", "nf", "shape", "bias_shape",
-)  # fmt: skip
-"""Attributes by which modules count heads, all their heads' units, or their width."""
-
-
-def counters(owner: nn.Module) -> dict[str, int]:
-    """A module's attributes that count channels, by name; a tuple's items as `shape[0]`."""
-    found: dict[str, int] = {}
-    for name in COUNTERS:
-        value = vars(owner).get(name)
-        if type(value) is int:
-            found[name] = value
-        elif isinstance(value, tuple):
-            found |= {f"{name}[{i}]": n for i, n in enumerate(value) if type(n) is int}
-    return found
-
-
 _WHOLE = {"weight", "bias", "running_mean", "running_var"}
-_WHOLE_IN = {"addmm": {"self", "mat2"}}
+_WHOLE_IN = {"addmm": {"self", "mat2"}, "chunk": {"self"}}
 _TAKES_WEIGHTS = {
     "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
     "linear", "embedding", "batch_norm", "instance_norm", "layer_norm", "rms_norm", "group_norm",
@@ -480,6 +524,18 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
     elif isinstance(value, dict):
         yield from _tensors(list(value.values()))
+
+
+def _called(node: Node) -> str:
+    """An operator as it is written in code."""
+    written = {"split_with_sizes": "split", "_unsafe_view": "view", "slice": ""}
+    name = name_of(node.target)
+    return written.get(name, name)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two label tensors are one."""
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
 
 
 def _mapped(first: Tensor, labels: Tensor) -> Tensor:
