@@ -755,6 +755,19 @@ def test_the_stage_scores_by_the_tasks_loss_on_training_examples(name, size, cou
         assert torch.equal(pruned.module.state_dict()[path], tensor)
 
 
+def test_the_stage_scores_single_weights_by_the_tasks_loss() -> None:
+    module = made(Convolutional).float()
+    data = SimpleNamespace(train=Examples(64))
+    run = Context(Judge(), data, None, 0, Path("unused"))
+    stage = Prune(criterion="taylor", granularity="weight", ratio=0.5)
+    pruned = stage.apply(Student(module), run).module
+    x, y = data.train.images, torch.arange(64) % 3
+    criterion = observed("taylor", module, batches(x, y, size=64))
+    scores = criterion.scores("second.weight", module.second.weight, None)
+    kept = pruned.second.weight != 0
+    assert int(kept.sum()) == kept.numel() // 2 and scores[kept].min() >= scores[~kept].max()
+
+
 RECIPE = """\
 name: scored
 data: {source: digits, subset: 300}
