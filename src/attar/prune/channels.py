@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +13,11 @@ from torch import nn
 from attar.errors import UsageError
 from attar.prune.criteria.base import Calls, Criterion, observe, require_calls
 from attar.prune.groups import ChannelGraph, channel_graph, first_of_batch
-from attar.prune.heads import HeadsFreed, freed_within, heads_to_free
+from attar.prune.heads import HeadsFreed, freed_within, with_free_heads
 from attar.prune.naming import matching
 from attar.prune.removal import (
     ChannelsRemoved,
     RemovalFailed,
-    answers_alike,
     guilty,
     removal_of,
     remove_verified,
@@ -97,7 +96,7 @@ def prune_channels(
         ((32, 16), 16)
     """
     _check(criterion, ratio, threshold, calls)
-    module, freed = _with_free_heads(student.module, example)
+    module, freed = with_free_heads(student.module, example)
     observe(criterion, module, calls)
     graph = channel_graph(module, first_of_batch(example))
     _exclude(graph, exclude)
@@ -113,11 +112,7 @@ def prune_channels(
             original=original,
         )
 
-    chosen = select()
-    removal, failure = _attempt(module, graph, chosen.atoms, example)
-    while failure and _keep_equal(graph, failure):
-        chosen = select()
-        removal, failure = _attempt(module, graph, chosen.atoms, example)
+    chosen, removal, failure = choose(module, graph, select, example)
     undone: dict[str, str] = {}
     if failure:
         undone = _freeze_guilty(module, graph, chosen.atoms, example)
@@ -130,16 +125,24 @@ def prune_channels(
     return _narrowed(student, freed, removal), pruned
 
 
-def _with_free_heads(module: nn.Module, example: tuple[Any, ...]) -> tuple[nn.Module, HeadsFreed]:
-    """The network with attention whose heads can be removed, where it answers as before."""
-    freed = heads_to_free(module)
-    if not freed.head_dims:
-        return module, freed
-    free = copy.deepcopy(module)
-    freed.replay(free)
-    if answers_alike(module, free, example):
-        return free, freed
-    return module, HeadsFreed({})
+def choose(
+    module: nn.Module,
+    graph: ChannelGraph,
+    select: Callable[[], Selection],
+    example: tuple[Any, ...],
+) -> tuple[Selection, ChannelsRemoved, str | None]:
+    """A selection, its removal, and how that fails, if it does. Where it fails at a line that takes
+    one width for another's, `graph.equal` is told, and the selection made anew."""
+    while True:
+        chosen = select()
+        removal = removal_of(graph, chosen.atoms)
+        try:
+            remove_verified(module, removal, example, graph=graph)
+        except RemovalFailed as error:
+            if not _keep_equal(graph, str(error)):
+                return chosen, removal, str(error)
+        else:
+            return chosen, removal, None
 
 
 def _narrowed(student: Student, freed: HeadsFreed, removal: ChannelsRemoved) -> Student:
@@ -164,18 +167,6 @@ def _check(
     if "channel" not in criterion.granularities:
         raise UsageError(f"{type(criterion).__name__} scores single weights, not channels")
     require_calls(criterion, calls)
-
-
-def _attempt(
-    module: nn.Module, graph: ChannelGraph, atoms: np.ndarray, example: tuple[Any, ...]
-) -> tuple[ChannelsRemoved, str | None]:
-    """The removal of these atoms, and how it fails, if it does."""
-    removal = removal_of(graph, atoms)
-    try:
-        remove_verified(module, removal, example, graph=graph)
-    except RemovalFailed as error:
-        return removal, str(error)
-    return removal, None
 
 
 def _keep_equal(graph: ChannelGraph, failure: str) -> bool:

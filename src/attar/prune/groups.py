@@ -119,7 +119,8 @@ class ChannelGraph:
         return int(np.isin(channels, self.prunable()).sum()), len(channels)
 
     def families(self) -> list[np.ndarray]:
-        """The prunable atoms, apart where no place holds both: int64 arrays."""
+        """The prunable atoms, apart where no place holds both and no widths of theirs must stay
+        equal: int64 arrays."""
         prunable = self.prunable()
         family = {int(a): int(a) for a in prunable}
 
@@ -128,8 +129,9 @@ class ChannelGraph:
                 family[a] = a = family[family[a]]
             return a
 
-        for place in self.producers:
-            mine = np.intersect1d(place.atoms, prunable)
+        equal = [np.concatenate(arrays) for _, arrays in self.equal_widths()]
+        for together in [*(p.atoms for p in self.producers), *equal]:
+            mine = np.intersect1d(together, prunable)
             for atom in mine[1:]:
                 family[root(int(atom))] = root(int(mine[0]))
         roots = np.array([root(int(a)) for a in prunable], dtype=np.int64)

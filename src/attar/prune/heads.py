@@ -9,6 +9,7 @@ their own, and the number of heads is what their weights have.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attar.errors import CheckpointError
+from attar.prune.removal import answers_alike
 from attar.student.edits import Edit, submodule
 
 GIVEN = "the code of heads was changed in"
@@ -153,6 +155,17 @@ class HeadsFreed(Edit):
 
     def summary(self) -> str:
         return f"heads freed in {len(self.head_dims)} modules of attention"
+
+
+def with_free_heads(module: nn.Module, example: tuple[Any, ...]) -> tuple[nn.Module, HeadsFreed]:
+    """A copy of the network with attention whose heads can be removed, and what was changed; the
+    network itself where there is none, or where it would answer otherwise."""
+    freed = heads_to_free(module)
+    if not freed.head_dims:
+        return module, freed
+    free = copy.deepcopy(module)
+    freed.replay(free)
+    return (free, freed) if answers_alike(module, free, example) else (module, HeadsFreed({}))
 
 
 def heads_to_free(module: nn.Module) -> HeadsFreed:

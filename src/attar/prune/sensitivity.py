@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -14,11 +15,13 @@ from torch import Tensor, nn
 
 from attar.errors import UsageError
 from attar.measure.cost import macs, nonzero, parameters
+from attar.prune.channels import choose
 from attar.prune.criteria.base import Calls, Criterion, observe
 from attar.prune.groups import channel_graph, first_of_batch
+from attar.prune.heads import with_free_heads
 from attar.prune.naming import joined, matching
 from attar.prune.removal import RemovalFailed, removal_of, remove_verified
-from attar.prune.selection import Widths, atom_scores, select_channels
+from attar.prune.selection import Selection, Widths, atom_scores, select_channels
 from attar.prune.weights import Masked, prune_weights, weight_matrices
 from attar.student import Student
 from attar.training.evaluation import evaluating
@@ -220,13 +223,16 @@ class _Channels:
         calls: Calls | None,
     ) -> None:
         _observe(criterion, module, calls)
+        module, _ = with_free_heads(module, example)
         self._module, self._example = module, example
         self._graph = graph = channel_graph(module, first_of_batch(example))
         scores = atom_scores(module, graph, criterion)
-        self._gone = {
-            ratio: select_channels(graph, scores, widths=Widths(1, 1), ratio=ratio).atoms
-            for ratio in ratios
-        }
+
+        def selected(ratio: float) -> Selection:
+            return select_channels(graph, scores, widths=Widths(1, 1), ratio=ratio)
+
+        choose(module, graph, partial(selected, ratios[-1]), example)  # which widths stay equal
+        self._gone = {ratio: selected(ratio).atoms for ratio in ratios}
         families = [(self._layers(family), family) for family in graph.families()]
         order = {place.layer: i for i, place in reversed(list(enumerate(graph.producers)))}
         self._families = dict(sorted(families, key=lambda one: order[one[0][0]]))
@@ -238,7 +244,7 @@ class _Channels:
     def cut(self, layers: tuple[str, ...], ratio: float) -> _Cut:
         atoms = np.intersect1d(self._gone[ratio], self._families[layers])
         removal = removal_of(self._graph, atoms)
-        narrow = remove_verified(self._module, removal, self._example)
+        narrow = remove_verified(self._module, removal, self._example, graph=self._graph)
         return _Cut(narrow, len(atoms), parameters(narrow), macs(narrow, self._example))
 
     def _layers(self, family: np.ndarray) -> tuple[str, ...]:
