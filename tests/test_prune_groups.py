@@ -181,6 +181,37 @@ def test_torchvision(name):
         assert set(graph.kept_whole().values()) == {"its channels are the network's output"}
 
 
+class Auxiliary(nn.Module):
+    """A classifier that only training runs, as GoogLeNet has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU())
+        self.more, self.side = nn.Conv2d(16, 24, 3), nn.Conv2d(16, 12, 3)
+        self.drop, self.head, self.aux = nn.Dropout(0.5), nn.Linear(24, 5), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        x = self.body(x)
+        answer = self.head(self.drop(self.more(x).relu().mean((2, 3))))
+        if not self.training:
+            return answer
+        return answer, self.aux(self.side(x).relu().mean((2, 3)))
+
+
+def test_a_branch_that_only_training_runs_goes_with_the_rest():
+    torch.manual_seed(0)
+    module, x = lively(Auxiliary()), torch.randn(4, 3, 8, 8)
+    narrow, graph = halve(module, (x,))
+    assert set(graph.kept_whole()) == {"head", "aux"}
+    assert narrow.side.weight.shape[:2] == (6, 8) and not narrow.training
+    answer, aux = narrow.train()(x)
+    assert answer.shape == aux.shape == (4, 5)
+    with pytest.raises(RemovalFailed):
+        aside = removal_of(graph, graph.prunable())
+        del aside.removed["side.weight"]
+        remove_verified(module, aside, (x,), graph=graph)
+
+
 def test_removing_a_padded_channel_lowers_the_pad():
     module = lively(CifarResNet((1, 1, 1), 3, 5))
     graph = channel_graph(module, (torch.zeros(1, 3, 8, 8),))

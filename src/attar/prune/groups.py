@@ -18,7 +18,8 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import nn
 
-from attar.prune.trace import Role, Trace
+from attar.prune.trace import Mode, Role, Trace
+from attar.training.evaluation import evaluating, evaluating_all
 
 
 @dataclass(frozen=True)
@@ -61,17 +62,24 @@ class ChannelGraph:
 
     frozen: why an atom can't be removed, by atom; what is not in it can be. reshapes: operators
     that give atoms a new shape, which their code may fix. joint: operators that compute over
-    channels, as `program`, the exported graph, has them. widths: tensors that may have to stay as
+    channels, as `program`, the exported graph, has them. training: whether that has the branches
+    that only run in training. widths: tensors that may have to stay as
     wide as one another, for a size that was read off the other; equal: those of them that must.
     """
 
     places: list[Place]
     program: torch.export.ExportedProgram
+    training: bool = False
     frozen: dict[int, str] = field(default_factory=dict)
     reshapes: list[tuple[np.ndarray, str]] = field(default_factory=list)
     joint: list[JointPlace] = field(default_factory=list)
     widths: list[Width] = field(default_factory=list)
     equal: list[Width] = field(default_factory=list)
+
+    @property
+    def mode(self) -> Mode:
+        """The mode in which the network runs what the graph has."""
+        return evaluating_all if self.training else evaluating
 
     @property
     def producers(self) -> list[Place]:
@@ -158,6 +166,7 @@ def channel_graph(module: nn.Module, example: tuple[Any, ...]) -> ChannelGraph:
             for axis in sorted(trace.axes.values(), key=lambda axis: axis.start)
         ],
         trace.program,
+        trace.training,
     )
     graph.widths = [(line, atoms[a.numpy()], atoms[b.numpy()]) for line, a, b in trace.widths]
     graph.joint = [JointPlace(j.node, j.dim, atoms[j.labels.numpy()]) for j in trace.joint]

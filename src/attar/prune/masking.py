@@ -46,7 +46,7 @@ def masked_answers(
 ) -> list[Tensor]:
     """What a masked network answers. graph: for operators that compute over removed channels."""
     staying = _staying(graph, removal) if graph is not None else {}
-    with evaluating(zeroed):
+    with evaluating(zeroed) if graph is None else graph.mode(zeroed):
         if graph is None or not staying:
             return list(outputs(zeroed(*example)))
         rows = [list(_Staying(zeroed, graph, staying).answers(row)) for row in _rows(example)]

@@ -141,9 +141,10 @@ def remove_verified(
     Raises `RemovalFailed`, naming the operator it hangs on.
     """
     removed = copy.deepcopy(module)
+    mode = evaluating if graph is None else graph.mode
     try:
         removal.replay(removed)
-        with evaluating(removed):
+        with mode(removed):
             answers = list(outputs(removed(*example)))
     except CheckpointError:
         raise
@@ -155,7 +156,7 @@ def remove_verified(
         # rounding in deep networks can be as large: double precision tells it from a mistake
         precise = copy.deepcopy(removed).double()
         inputs = _each(example, lambda x: x.double() if x.is_floating_point() else x)
-        with evaluating(precise):
+        with mode(precise):
             answers = list(outputs(precise(*inputs)))
         wanted = masked_answers(zeroed.double(), removal, inputs, graph)
         difference = _difference(answers, wanted)

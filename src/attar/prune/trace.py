@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,8 +18,9 @@ from attar.errors import ExportError
 from attar.prune.labels import NOTHING, Ties, main_dimension, stored, tidy, varying
 from attar.prune.operators import LATE, SIZED, SPLITS, find_rule, name_of
 from attar.prune.sources import Attribute, frames, sizes
-from attar.training.evaluation import evaluating
+from attar.training.evaluation import evaluating, evaluating_all
 
+Mode = Callable[[nn.Module], AbstractContextManager[None]]
 Role = Literal["out", "in", "own", "attribute"]
 
 _FOLLOWED = 1 << 21
@@ -90,7 +91,7 @@ class Trace:
     give channels a new shape, which may be written into the code. joint: operators whose result
     depends on which channels there are. widths: where a reshape's size may have been read off the
     input of its module: the line, the input's channels and the reshape's. program: the exported
-    graph.
+    graph; training: whether with branches that only run in training.
 
     Labels that a reshape spreads over several dimensions (a projection seen as heads and their
     units) stay so until an operator, or the end of the walk, decides along which of them they go:
@@ -112,7 +113,8 @@ class Trace:
         self._undecided: dict[Node, list[Tensor]] = {}
         self._shaped: list[tuple[Node, Tensor]] = []
         self._cuts: list[tuple[Node, Tensor, int, list[range]]] = []
-        program = self.program = export(module, example)
+        self.program, self.training = _whole_program(module, example)
+        program = self.program
         signature = program.graph_signature
         self._stored = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         self._user_inputs = set(signature.user_inputs)
@@ -481,10 +483,33 @@ _TAKES_WEIGHTS = {
 }  # fmt: skip
 
 
-def export(module: nn.Module, example: tuple[Any, ...]) -> torch.export.ExportedProgram:
+def _whole_program(
+    module: nn.Module, example: tuple[Any, ...]
+) -> tuple[torch.export.ExportedProgram, bool]:
+    """The network's graph, and whether it has branches that only run in training: where without
+    them some parameters would have no part in it."""
+    program = export(module, example)
+    idle = _idle(program)
+    if idle:
+        with suppress(ExportError):
+            whole = export(module, example, evaluating_all)
+            if len(_idle(whole)) < len(idle):
+                return whole, True
+    return program, False
+
+
+def _idle(program: torch.export.ExportedProgram) -> list[str]:
+    """The parameters that no operator of a graph reads."""
+    stored = program.graph_signature.inputs_to_parameters
+    return [n.name for n in program.graph.nodes if n.name in stored and not n.users]
+
+
+def export(
+    module: nn.Module, example: tuple[Any, ...], mode: Mode = evaluating
+) -> torch.export.ExportedProgram:
     """The network's graph in eval mode, for one example. Raises `ExportError`."""
     try:
-        with evaluating(module), _caching_nothing(module), torch.inference_mode(False):
+        with mode(module), _caching_nothing(module), torch.inference_mode(False):
             return torch.export.export(module, example, strict=False)
     except Exception as error:  # whatever the person's forward raises under tracing
         raise ExportError(

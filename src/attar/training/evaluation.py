@@ -26,6 +26,16 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             m.training = mode
 
 
+@contextmanager
+def evaluating_all(module: nn.Module) -> Iterator[None]:
+    """As `evaluating`, but modules that hold others take it for training: branches that only run
+    then (auxiliary classifiers) run too, while norms and dropout do as in evaluation."""
+    with evaluating(module):
+        for m in module.modules():
+            m.training = next(m.children(), None) is not None
+        yield
+
+
 def device_of(module: nn.Module) -> torch.device:
     """Where the module's first parameter or buffer lives; the CPU for one without any."""
     for tensor in (*module.parameters(), *module.buffers()):
