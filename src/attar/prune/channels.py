@@ -96,15 +96,13 @@ def prune_channels(
         ((32, 16), 16)
     """
     _check(criterion, ratio, threshold, calls)
-    module, freed = with_free_heads(student.module, example)
-    observe(criterion, module, calls)
-    graph = channel_graph(module, first_of_batch(example))
-    _exclude(graph, exclude)
+    network = Prunable(student, example, exclude)
+    observe(criterion, network.module, calls)
 
     def select() -> Selection:
         return select_channels(
-            graph,
-            atom_scores(module, graph, criterion, absolute=threshold is not None),
+            network.graph,
+            atom_scores(network.module, network.graph, criterion, absolute=threshold is not None),
             widths=widths or Widths(),
             ratio=ratio,
             threshold=threshold,
@@ -112,17 +110,39 @@ def prune_channels(
             original=original,
         )
 
-    chosen, removal, failure = choose(module, graph, select, example)
-    undone: dict[str, str] = {}
-    if failure:
-        undone = _freeze_guilty(module, graph, chosen.atoms, example)
-        chosen = select()
-        removal = removal_of(graph, chosen.atoms)
-        remove_verified(module, removal, example, graph=graph)
-    pruned = Pruned(_widths(graph, chosen.atoms), graph.kept_whole(), chosen.floored, undone)
-    if not removal.removed:
-        return student.copy(), pruned
-    return _narrowed(student, freed, removal), pruned
+    return network.prune(select)
+
+
+class Prunable:
+    """A student's network with what goes together in it, ready to lose channels.
+
+    module: the network, with attention whose heads can go. graph: its atoms. exclude: paths of
+    layers (with `*`) that keep their channels. Raises as `prune_channels`.
+    """
+
+    def __init__(
+        self, student: Student, example: tuple[Any, ...], exclude: Sequence[str] = ()
+    ) -> None:
+        self._student, self._example = student, example
+        self.module, self._freed = with_free_heads(student.module, example)
+        self.graph = channel_graph(self.module, first_of_batch(example))
+        _exclude(self.graph, exclude)
+
+    def prune(self, select: Callable[[], Selection]) -> tuple[Student, Pruned]:
+        """The student without what `select` chooses, proven; select is called again where its
+        choice fails, once the graph knows more."""
+        chosen, removal, failure = choose(self.module, self.graph, select, self._example)
+        undone: dict[str, str] = {}
+        if failure:
+            undone = _freeze_guilty(self.module, self.graph, chosen.atoms, self._example)
+            chosen = select()
+            removal = removal_of(self.graph, chosen.atoms)
+            remove_verified(self.module, removal, self._example, graph=self.graph)
+        kept = self.graph.kept_whole()
+        pruned = Pruned(_widths(self.graph, chosen.atoms), kept, chosen.floored, undone)
+        if not removal.removed:
+            return self._student.copy(), pruned
+        return _narrowed(self._student, self._freed, removal), pruned
 
 
 def choose(
