@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from attar.data.base import Batch, Data
+from attar.errors import UsageError
 from attar.prune import Masked, Pruned, Widths, criteria, cubic, prune_channels, prune_weights
 from attar.prune.criteria import Call, Calls, Criterion
+from attar.prune.naming import joined
+from attar.prune.patterns import NM, Pattern, parsed_block, parsed_pattern
+from attar.prune.weights import left_dense
 from attar.stages.base import Context, Stage, stages
 from attar.student import Student
 from attar.tasks.base import Task
@@ -60,6 +64,10 @@ class Prune(Stage):
     """The share to remove; `auto`: the largest that keeps the budget's `max_drop` on validation."""
     threshold: float | None = Field(None, gt=0)
     """For `criterion: threshold`, instead of a ratio: what is smaller goes."""
+    pattern: str | None = None
+    """Of single weights, instead of a ratio: "2:4", of every 4 along the inputs at most 2 stay."""
+    block: tuple[int, int] | None = None
+    """Of single weights: whole blocks go, of so many rows and columns; the ratio counts them."""
     scope: Literal["local", "global"] = "local"
     """The same share of each layer, or of all together, wherever it matters least."""
     schedule: Literal["one-shot"] | Cubic = "one-shot"
@@ -73,6 +81,42 @@ class Prune(Stage):
     round_to: int = Field(8, ge=1)
     """Layers of twice as many channels keep a multiple of it, which runs faster."""
 
+    @field_validator("pattern", mode="before")
+    @classmethod
+    def _pattern(cls, value: Any) -> str | None:
+        return None if value is None else "{}:{}".format(*_said(parsed_pattern, value))
+
+    @field_validator("block", mode="before")
+    @classmethod
+    def _block(cls, value: Any) -> tuple[int, int] | None:
+        return None if value is None else _said(parsed_block, value)
+
+    @model_validator(mode="after")
+    def _structured(self) -> Prune:
+        if self.pattern is None and self.block is None:
+            return self
+        if self.granularity != "weight":
+            raise ValueError("pattern and block are for granularity: weight")
+        if self.pattern is not None and self.block is not None:
+            raise ValueError("give a pattern or a block, not both")
+        if self.pattern is not None and (taken := self._beside_pattern()):
+            raise ValueError(
+                f"pattern {self.pattern} says how many weights of each group stay: "
+                f"leave {taken} out"
+            )
+        return self
+
+    def _beside_pattern(self) -> str:
+        """What was asked for that a pattern leaves nothing to."""
+        asked = {
+            f"ratio: {self.ratio}": self.ratio is not None,
+            "threshold": self.threshold is not None,
+            "criterion: threshold": self.criterion == "threshold",
+            "scope: global": self.scope == "global",
+            "the gradual schedule": isinstance(self.schedule, Cubic),
+        }
+        return " and ".join(words for words, said in asked.items() if said)
+
     @model_validator(mode="after")
     def _consistent(self) -> Prune:
         by_threshold = self.criterion == "threshold"
@@ -80,7 +124,7 @@ class Prune(Stage):
             raise ValueError("criterion: threshold takes a threshold and no ratio")
         if not by_threshold and self.threshold is not None:
             raise ValueError("threshold is for criterion: threshold")
-        if not by_threshold and self.ratio is None:
+        if not by_threshold and self.ratio is None and self.pattern is None:
             raise ValueError("give ratio, a number between 0 and 1 or auto")
         kind = criteria.get(self.criterion)
         if self.granularity not in kind.granularities:
@@ -99,11 +143,14 @@ class Prune(Stage):
             return student
         run.found.update(granularity=self.granularity, criterion=self.criterion, ratio=ratio)
         original: dict[str, int] = {}
+        patterns = _patterns(student)
         for step, (share, training) in enumerate(rounds := self._rounds(ratio), start=1):
             student, said = self._once(student, run, share, original)
             if said is not None:
                 original = original or {layer: before for layer, (before, _) in said.widths.items()}
                 self._report(run, said, original, first=step == 1)
+            if step == len(rounds):
+                self._report_patterns(run, student, patterns)
             if training is not None:
                 label = "recover" if len(rounds) == 1 else f"recover {step} of {len(rounds)}"
                 student = run.train(student, training, label=label)
@@ -138,6 +185,8 @@ class Prune(Stage):
                 criterion=criterion,
                 ratio=ratio,
                 threshold=self.threshold,
+                pattern=self.pattern,
+                block=self.block,
                 scope=self.scope,
                 floor=self.floor,
                 exclude=self.exclude,
@@ -184,6 +233,20 @@ class Prune(Stage):
         for message in said.notes() if first else ():
             run.tell(_note(message))
 
+    def _report_patterns(self, run: Context, student: Student, before: dict[str, str]) -> None:
+        """Tells which layers stayed dense, and which no longer keep to the pattern they had."""
+        if self.pattern is not None or self.block is not None:
+            left = left_dense(student, pattern=self.pattern, floor=self.floor, exclude=self.exclude)
+            what = self.pattern or f"block {list(self.block or ())}"
+            if left:
+                run.found["kept_whole"] = left
+            for reason in dict.fromkeys(left.values()):
+                layers = joined([layer for layer, other in left.items() if other == reason])
+                run.tell(_note(f"{what} leaves {layers} dense: {reason}"))
+        after = _patterns(student)
+        if lost := [layer for layer in before if layer not in after]:
+            run.tell(_note(f"{joined(lost)} no longer keep to their pattern, {before[lost[0]]}"))
+
 
 def calls_of(
     task: Task, data: Data, seed: int, criterion: Criterion, device: torch.device
@@ -205,14 +268,44 @@ def _example(run: Context, device: Any) -> tuple[Tensor, ...]:
     return tuple(x.to(device) for x in run.task.example(run.data))
 
 
-def _weights(student: Student) -> dict[str, dict[str, int]]:
-    """By layer: how many weights there are, and how many of them stay."""
+def _weights(student: Student) -> dict[str, dict[str, Any]]:
+    """By layer: how many weights there are, how many of them stay, and the pattern of these."""
     return {
-        path.removesuffix(".weight"): {"weights": mask.numel(), "kept": int(mask.sum())}
+        path.removesuffix(".weight"): {
+            "weights": mask.numel(),
+            "kept": int(mask.sum()),
+            **_shown(edit.patterns.get(path)),
+        }
         for edit in student.edits
         if isinstance(edit, Masked)
         for path, mask in edit.masks.items()
     }
+
+
+def _shown(pattern: Pattern | None) -> dict[str, Any]:
+    if pattern is None:
+        return {}
+    if isinstance(pattern, NM):
+        return {"pattern": str(pattern)}
+    return {"block": [pattern.rows, pattern.columns]}
+
+
+def _patterns(student: Student) -> dict[str, str]:
+    """The pattern that a layer's zeros keep to, by layer."""
+    return {
+        path.removesuffix(".weight"): str(pattern)
+        for edit in student.edits
+        if isinstance(edit, Masked)
+        for path, pattern in edit.patterns.items()
+    }
+
+
+def _said(parse: Callable[[Any], tuple[int, int]], value: Any) -> tuple[int, int]:
+    """The value read, or what is wrong with it as a recipe's error."""
+    try:
+        return parse(value)
+    except UsageError as error:
+        raise ValueError(str(error)) from None
 
 
 def _part(total: int, step: int, steps: int) -> int:
