@@ -55,7 +55,7 @@ def share(value: float) -> str:
 
 
 def size(count: float | None) -> str:
-    """Bytes: `21.8 KB`. (Not `recipe.units.readable`: a page must not wait for torch's import.)"""
+    """Bytes: `21.8 KB`. (Not `units.readable`: a page must not wait for torch's import.)"""
     if count is None or not known(count):
         return ABSENT
     for limit, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "KB")):

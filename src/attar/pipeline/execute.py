@@ -71,7 +71,10 @@ class _Execution:
             student, key, entry = self.steps.stage(
                 stage, student, key, origin, teaching, name, baseline=ledger.baseline
             )
-            view(entry / "student", self.folder / "stages" / name / "student")
+            place = self.folder / "stages" / name
+            view(entry / "student", place / "student")
+            if (plan := entry / "plan.json").exists():
+                write_whole(place / "plan.json", plan.read_text(encoding="utf-8"))
             ledger.exported_row(stage.name, index, student, key, f"stages/{name}/bundle")
         self.deploy(student, key)
         return self.finish(student)

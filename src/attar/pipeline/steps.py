@@ -16,6 +16,7 @@ import attar
 from attar.events import Listener, Log, several
 from attar.models import inherit
 from attar.pipeline.job import Job, Origin, content_of
+from attar.prune.plan import readable
 from attar.stages.base import Context, Stage
 from attar.store import Store, key_of
 from attar.student import Student, save_student
@@ -135,6 +136,9 @@ class Steps:
             result.check()
             save_student(result, folder / "student")
             (folder / "found.json").write_text(json.dumps(run.found) + "\n", encoding="utf-8")
+            if "plan" in run.found:
+                plan = readable(run.found["plan"])
+                (folder / "plan.json").write_text(plan, encoding="utf-8")
 
         result, entry = self.compute(name, key, make, origin)
         found = entry / "found.json"

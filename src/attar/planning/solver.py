@@ -22,11 +22,11 @@ SECONDS = 60.0
 
 
 class OverBudget(UsageError):
-    """A budget that no choice keeps. cost: the least that one has."""
+    """A budget that no choice keeps. chosen: the one that costs least. cost: what it costs."""
 
-    def __init__(self, cost: float) -> None:
+    def __init__(self, chosen: list[int], cost: float) -> None:
         super().__init__(f"no choice costs less than {cost:g}")
-        self.cost = cost
+        self.chosen, self.cost = chosen, cost
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def solve(
     """For each part the option to take: least summed loss, at a cost within the budget.
 
     losses: by part, what each of its options loses, float (options,). fixed: what is paid whatever
-    is chosen. Raises `OverBudget` with the least possible cost.
+    is chosen. Raises `OverBudget` with the cheapest choice.
 
     Example:
         >>> losses = [np.array([0.0, 1.0, 4.0]), np.array([0.0, 2.0])]
@@ -61,7 +61,7 @@ def solve(
     if found is None:
         cheapest = program.run(program.cost, np.inf)
         assert cheapest is not None
-        raise OverBudget(fixed + cost_of(cheapest, costs))
+        raise OverBudget(cheapest, fixed + cost_of(cheapest, costs))
     return found
 
 

@@ -47,13 +47,15 @@ class Budget:
     """What a pruned network may cost.
 
     limit: in `unit`. measure: what a whole student costs. price: what layers of some shapes cost,
-    up to a common factor; `None` where cost goes by parameters.
+    up to a common factor; `None` where cost goes by parameters. example: what layers are applied to
+    when they are priced; default: the one that is traced.
     """
 
     unit: Unit
     limit: float
     measure: Callable[[Student], float]
     price: Prices | None = None
+    example: tuple[Any, ...] | None = None
 
 
 def prune_to_budget(
@@ -93,25 +95,29 @@ def prune_to_budget(
             f"{budget.unit}: {budget.limit:g} asks for no pruning: the network takes {whole:.4g}"
         )
     planner = _Planner(network, example, budget, criterion, widths or Widths(round_to=1), lost)
-    scale, best, cost = whole / planner.whole, None, whole
+    best: tuple[Student, Pruned, Plan] | None = None
+    known = [(0.0, 0.0), (planner.whole, whole)]  # by the model, and measured
     for _ in range(ATTEMPTS):
-        pruned = network.prune(partial(planner.select, budget.limit / scale, scale))
+        pruned = network.prune(partial(planner.select, _between(known[-2:], budget.limit)))
         cost = budget.measure(pruned[0])
         if cost <= budget.limit and (best is None or cost > best[2].after):
             best = (*pruned, planner.plan(whole, cost))
-        if CLOSE * budget.limit <= cost <= budget.limit:
+        if CLOSE * budget.limit <= cost <= budget.limit or planner.least:
             break
-        scale = cost / planner.modelled
+        known = [(planner.whole, whole), (planner.modelled, cost)]
     if best is None:
-        raise _too_small(budget, cost)
+        raise UsageError(
+            f"{budget.unit}: {budget.limit:g} is below what any plan reaches: the smallest network "
+            f"found takes {cost:.4g} (a lower floor, or fewer excluded layers, may help)"
+        )
     return best
 
 
-def _too_small(budget: Budget, reachable: float) -> UsageError:
-    return UsageError(
-        f"{budget.unit}: {budget.limit:g} is below what any plan reaches: the smallest network "
-        f"found takes about {reachable:.4g} (a lower floor, or fewer excluded layers, may help)"
-    )
+def _between(known: Sequence[tuple[float, float]], wanted: float) -> float:
+    """What the model says of a network that is measured at `wanted`, on the line through two that
+    are known."""
+    (x0, y0), (x1, y1) = known
+    return x1 + (wanted - y1) * (x1 - x0) / (y1 - y0) if y1 != y0 else x1
 
 
 class _Planner:
@@ -132,27 +138,26 @@ class _Planner:
         if budget.price is None:
             self._pieces = tensors(self._graph, network.module)
         else:
-            self._pieces = layers(self._graph, shapes_of(network.module, example))
+            self._pieces = layers(self._graph, shapes_of(network.module, budget.example or example))
         self._known: dict[bytes, float] = {}
         self._chosen: list[tuple[np.ndarray, float, float]] = []
-        self.modelled = 0.0
+        self.modelled, self.least = 0.0, False
         self.whole = self._costs([])[1]
 
-    def select(self, target: float, scale: float) -> Selection:
-        """The choice that loses least at no more than `target`, by the model of costs.
-
-        scale: what the network really costs for one that the model says it does.
-        """
+    def select(self, target: float) -> Selection:
+        """The choice that loses least at no more than `target`, by the model of costs; where there
+        is none, the cheapest."""
         parts = self._parts()
         losses = [np.array([self._loss(gone) for gone in options]) for options in parts]
         terms, fixed = self._costs(parts)
+        self.least = False
         try:
             chosen = solve(losses, terms, target, fixed)
         except OverBudget as error:
-            raise _too_small(self._budget, error.cost * scale) from None
+            chosen, self.least = error.chosen, True
         self.modelled = fixed + cost_of(chosen, terms)
         self._chosen = [
-            (options[i], loss[i], scale * _saved(terms, n, i, len(parts)))
+            (options[i], loss[i], _saved(terms, n, i, len(parts)) / self.whole)
             for n, (options, loss, i) in enumerate(zip(parts, losses, chosen, strict=True))
         ]
         gone = [np.empty(0, np.int64), *(gone for gone, *_ in self._chosen)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from attar.prune.selection import Selection
 from attar.student import Student
 
 SCHEMA = 1
+_NUMBERS = re.compile(r"\[[\s\d,]+\]")
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,8 @@ class Part:
     """Layers that lose channels together.
 
     removed: by layer, the channels that go, as they are numbered before. widths: by layer, how many
-    there are before and after. lost: how much the network is taken to lose by it. saves: what it
-    alone saves, in the plan's unit, by the model of costs.
+    there are before and after. lost: how much the network is taken to lose by it. saves: what share
+    of the whole network's cost it alone saves, by the model of costs.
     """
 
     layers: list[str]
@@ -117,6 +119,17 @@ class Plan:
             if np.isin(place.atoms, gone).all():
                 raise UsageError(f"the plan leaves no channel of {place.layer}")
         return Selection(gone)
+
+
+def readable(record: Mapping[str, Any]) -> str:
+    """A plan's JSON for people: a line for each layer's channels."""
+    text = json.dumps(record, indent=2)
+    return (
+        _NUMBERS.sub(
+            lambda m: re.sub(r"\s+", " ", m[0]).replace("[ ", "[").replace(" ]", "]"), text
+        )
+        + "\n"
+    )
 
 
 def prune_by_plan(

@@ -20,12 +20,12 @@ from pydantic import (
 from attar.data.config import DataConfig
 from attar.errors import UsageError
 from attar.files import is_reference
-from attar.recipe.units import parse_share, parse_size
 from attar.registry import Registry
 from attar.runtimes.base import GraphPasses, runtimes
 from attar.stages.base import Stage, stages
 from attar.tasks.base import tasks
 from attar.training.config import Training
+from attar.units import parse_share, parse_size
 
 HANDED_IN = "python:"
 """Prefix of a model's name when the module itself was handed in from Python."""

@@ -101,8 +101,23 @@ def _trials(tried: Iterable[Any], run: RunRecord) -> dict[str, Any] | None:
     }
 
 
+def _planned(part: dict[str, Any]) -> dict[str, Any]:
+    """A part of a plan: layers that lose channels together."""
+    layers, (before, after) = part["layers"], part["widths"][part["layers"][0]]
+    more = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
+    return {
+        "layers": layers[0] + more,
+        "channels": f"{before} → {after}",
+        "loses": part["lost"],
+        "saves": f"{part['saves']:.1%}",
+    }
+
+
 def _said(key: str, value: Any) -> Any:
-    """The teacher's fastest form as a sentence; all else as it is."""
+    """The teacher's fastest form as a sentence, a plan of what to prune without the channels'
+    numbers; all else as it is."""
+    if key == "plan" and isinstance(value, dict) and "parts" in value:
+        return [_planned(part) for part in value["parts"]]
     if key != "teacher" or not isinstance(value, dict) or "form" not in value:
         return value
     if value["form"] == "nobody":

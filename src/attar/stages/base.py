@@ -158,8 +158,11 @@ class Stage(BaseModel):
     """Stages that must not come before this one, and why: refused when the recipe is read."""
     searched: ClassVar[tuple[str, ...]] = ()
     """Fields that may be `auto`: the strongest setting that keeps the budget is looked for."""
-    measures_runtime: ClassVar[bool] = False
-    """Whether its result depends on the deploy target (on latencies measured there)."""
+
+    @property
+    def measures_runtime(self) -> bool:
+        """Whether its result depends on the deploy target (on latencies measured there)."""
+        return False
 
     @property
     def files(self) -> list[Path]:

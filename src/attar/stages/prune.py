@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -18,6 +19,7 @@ from attar.prune.naming import joined
 from attar.prune.patterns import NM, Pattern, parsed_block, parsed_pattern
 from attar.prune.weights import left_dense
 from attar.stages.base import Context, Stage, stages
+from attar.stages.prune_budget import Budgets, Planner
 from attar.student import Student
 from attar.tasks.base import Task
 from attar.training.config import Training
@@ -41,7 +43,7 @@ class Cubic(BaseModel):
 
 
 @stages.register("prune")
-class Prune(Stage):
+class Prune(Budgets, Stage):
     """Removes the least important channels, physically and with all that is tied to them, or sets
     single weights to zero.
 
@@ -80,6 +82,35 @@ class Prune(Stage):
     """Fewest channels a layer keeps (weights a tensor keeps); narrow layers keep half."""
     round_to: int = Field(8, ge=1)
     """Layers of twice as many channels keep a multiple of it, which runs faster."""
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.plan] if self.plan is not None else []
+
+    @property
+    def measures_runtime(self) -> bool:
+        return self.latency_ms is not None or self.size is not None
+
+    def _amounts(self) -> list[str]:
+        """The keys that say how much goes."""
+        given = ["ratio", "threshold", "pattern", "plan"]
+        return [k for k in given if getattr(self, k) is not None] + [u for u, _ in self.budgets]
+
+    @model_validator(mode="after")
+    def _one_amount(self) -> Prune:
+        amounts = self._amounts()
+        planned = [k for k in amounts if k not in ("ratio", "threshold", "pattern")]
+        if planned and len(amounts) > 1:
+            raise ValueError(f"give one of {' and '.join(amounts)}: each says how much goes")
+        if planned and self.granularity != "channel":
+            raise ValueError(f"{planned[0]} is for granularity: channel")
+        if planned and (self.scope == "global" or self.schedule != "one-shot"):
+            raise ValueError(
+                f"{planned[0]} says by itself what goes where: leave scope and schedule"
+            )
+        if self.plan is not None and not self.plan.is_file():
+            raise ValueError(f"there is no plan {self.plan}")
+        return self
 
     @field_validator("pattern", mode="before")
     @classmethod
@@ -124,8 +155,11 @@ class Prune(Stage):
             raise ValueError("criterion: threshold takes a threshold and no ratio")
         if not by_threshold and self.threshold is not None:
             raise ValueError("threshold is for criterion: threshold")
-        if not by_threshold and self.ratio is None and self.pattern is None:
-            raise ValueError("give ratio, a number between 0 and 1 or auto")
+        if not by_threshold and not self._amounts():
+            raise ValueError(
+                "give ratio, a number between 0 and 1 or auto, or what may be left: macs, "
+                "parameters, size or latency_ms"
+            )
         kind = criteria.get(self.criterion)
         if self.granularity not in kind.granularities:
             raise ValueError(
@@ -141,7 +175,9 @@ class Prune(Stage):
         if self.ratio == "auto" and ratio is None:
             run.tell(_note(f"even {CANDIDATES[0]:.0%} drops too much; nothing is pruned"))
             return student
-        run.found.update(granularity=self.granularity, criterion=self.criterion, ratio=ratio)
+        run.found.update(granularity=self.granularity, criterion=self.criterion)
+        if ratio is not None:
+            run.found["ratio"] = ratio
         original: dict[str, int] = {}
         patterns = _patterns(student)
         for step, (share, training) in enumerate(rounds := self._rounds(ratio), start=1):
@@ -193,6 +229,9 @@ class Prune(Stage):
                 calls=calls,
             )
             return pruned, None
+        if self.budgets or self.plan is not None:
+            planner = Planner(self, run, self.floor, self.exclude)
+            return planner.prune(student, criterion, calls)
         return prune_channels(
             student,
             _example(run, device),

@@ -44,7 +44,6 @@ class Quantize(Stage):
     not_after: ClassVar[dict[str, str]] = {
         "quantize": "it is quantized already; one quantize stage says all there is to say"
     }
-    measures_runtime: ClassVar[bool] = True
 
     scheme: Literal["int8"] = "int8"
     method: Literal["ptq"] = "ptq"
@@ -65,6 +64,10 @@ class Quantize(Stage):
     fallback: Literal["auto", "off"] = "auto"
     """`auto`: layers that lose time in int8 compute in float, as measured in the runtime. `off`:
     only `float_layers` do."""
+
+    @property
+    def measures_runtime(self) -> bool:
+        return True
 
     @model_validator(mode="after")
     def _consistent(self) -> Quantize:

@@ -1,0 +1,196 @@
+"""The budgets that pruning can be given instead of a ratio, as a recipe writes them."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, BeforeValidator
+from torch import Tensor, nn
+
+from attar.measure.cost import macs, parameters
+from attar.measure.latency import time_interleaved
+from attar.planning.layers import LayerTimes, Shape
+from attar.prune import Pruned, Widths
+from attar.prune.budgets import Budget, Unit, prune_to_budget
+from attar.prune.costs import Prices
+from attar.prune.criteria import Calls, Criterion
+from attar.prune.plan import Plan, prune_by_plan
+from attar.runtimes.base import Runtime, runtimes
+from attar.stages.base import Context
+from attar.student import Student
+from attar.training.evaluation import device_of, evaluating, to_device
+from attar.units import parse_size
+
+SECONDS = 1.5
+"""For which a whole network is timed."""
+SEEN = 512
+"""Validation examples on which it is measured what a part of the network loses."""
+
+
+def parse_amount(value: object) -> float | str:
+    """A positive number, or a share of what there is: `50%`. Raises `ValueError`."""
+    if isinstance(value, str) and (share := re.fullmatch(r"\s*([\d.]+)\s*%\s*", value)):
+        if not 0 < float(share[1]) < 100:
+            raise ValueError(f"{value.strip()} is no share to keep: it lies between 0% and 100%")
+        return f"{float(share[1]):g}%"
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        raise ValueError(f"{value!r} is no amount: write a number, or a share to keep, as in 50%")
+    return float(value)
+
+
+def parse_bytes(value: object) -> float | str:
+    """As `parse_amount`, of bytes: `50KB`."""
+    if isinstance(value, str) and not value.strip().endswith("%"):
+        return float(parse_size(value))
+    return parse_amount(value)
+
+
+Amount = Annotated[float | str, BeforeValidator(parse_amount)]
+Bytes = Annotated[float | str, BeforeValidator(parse_bytes)]
+
+
+class Budgets(BaseModel):
+    """What a pruned network may cost, and a plan made for that before."""
+
+    macs: Amount | None = None
+    """Multiply-accumulates that may be left of one example's forward pass, or a share: `50%`."""
+    parameters: Amount | None = None
+    """Parameters that may be left, or a share."""
+    size: Bytes | None = None
+    """Bytes of the exported float file (`200KB`), or a share."""
+    latency_ms: Amount | None = None
+    """Milliseconds of one answer of the exported float file in the deploy runtime, or a share."""
+    sensitivity: bool = True
+    """Whether what each part loses is measured on validation; else scores are summed."""
+    plan: Path | None = None
+    """A `plan.json` of an earlier run, as it was or edited, instead of a budget or a ratio."""
+
+    @property
+    def budgets(self) -> list[tuple[Unit, float | str]]:
+        """What was given, by unit."""
+        units: tuple[Unit, ...] = ("macs", "parameters", "size", "latency_ms")
+        amounts: list[tuple[Unit, float | str | None]] = [(u, getattr(self, u)) for u in units]
+        return [(unit, amount) for unit, amount in amounts if amount is not None]
+
+
+class Planner:
+    """Prunes a student to a budget, or by a plan, within a run.
+
+    floor, exclude: as in `prune_channels`.
+    """
+
+    def __init__(self, settings: Budgets, run: Context, floor: int, exclude: list[str]) -> None:
+        self._settings, self._run, self._exclude = settings, run, exclude
+        self._widths = Widths(floor, round_to=1)
+        self._example = run.task.example(run.data)
+
+    def prune(self, student: Student, criterion: Criterion, calls: Calls) -> tuple[Student, Pruned]:
+        """The narrower student; the plan goes to the run's findings."""
+        example = _on(self._example, student)
+        if self._settings.plan is not None:
+            plan = Plan.read(self._settings.plan)
+            narrow, pruned = prune_by_plan(student, example, plan, self._exclude)
+        else:
+            narrow, pruned, plan = prune_to_budget(
+                student,
+                example,
+                criterion=criterion,
+                budget=self._budget(student),
+                widths=self._widths,
+                exclude=self._exclude,
+                calls=calls,
+                lost=self._lost if self._settings.sensitivity else None,
+            )
+            self._tell(f"{plan.unit} {plan.before:.4g} → {plan.after:.4g}, of {plan.limit:.4g}")
+        amounts = {"before": plan.before, "limit": plan.limit, "after": plan.after}
+        self._run.found.update({plan.unit: amounts, "plan": plan.to_json()})
+        return narrow, pruned
+
+    def _budget(self, student: Student) -> Budget:
+        (unit, amount), *_ = self._settings.budgets
+        measure: Callable[[Student], float] = {
+            "macs": self._macs,
+            "parameters": lambda s: parameters(s.module),
+            "size": self._size,
+            "latency_ms": self._latency,
+        }[unit]
+        if isinstance(amount, str):
+            amount = float(amount.removesuffix("%")) / 100 * measure(student)
+        price: Prices | None = None
+        if unit == "macs":
+            price = _macs_of
+        elif unit == "latency_ms":
+            run = self._run
+            price = LayerTimes(run.runtime, run.threads, tell=self._measuring).microseconds
+        example = self._asked if unit == "latency_ms" else self._example
+        return Budget(unit, amount, measure, price, _on(example, student))
+
+    @cached_property
+    def _asked(self) -> tuple[Tensor, ...]:
+        """Inputs as the model is deployed to answer them."""
+        batch = next(iter(self._run.data.validation.batches(self._run.batch)))
+        found: tuple[Tensor, ...] = self._run.task.arguments(batch)[0]
+        return found
+
+    def _macs(self, student: Student) -> float:
+        return macs(student.module, _on(self._example, student))
+
+    def _size(self, student: Student) -> float:
+        with self._exported(student) as (_, _, files):
+            return float(sum(file.stat().st_size for file in files))
+
+    def _latency(self, student: Student) -> float:
+        inputs = [x.numpy() for x in self._asked]
+        with self._exported(student) as (runtime, folder, _):
+            session = runtime.session(folder, threads=self._run.threads)
+            timed = time_interleaved({"it": lambda: session(*inputs)}, seconds=SECONDS)
+        return float(timed["it"]["p50_ms"])
+
+    @contextmanager
+    def _exported(self, student: Student) -> Iterator[tuple[Runtime, Path, list[Path]]]:
+        runtime, task = runtimes.get(self._run.runtime)(), self._run.task
+        described = task.describe(self._run.data)
+        names = tuple([one["name"] for one in described[side]] for side in ("inputs", "outputs"))
+        with tempfile.TemporaryDirectory() as folder:
+            files = runtime.export(
+                student,
+                Path(folder),
+                example=self._example,
+                dynamic_shapes=task.dynamic_shapes(self._example),
+                names=(names[0], names[1]),
+            )
+            yield runtime, Path(folder), files
+
+    def _lost(self, module: nn.Module) -> float:
+        """The loss on a part of the validation split."""
+        task, device, total, count = self._run.task, device_of(module), 0.0, 0
+        batches = self._run.data.validation.batches(128, shuffle=True, seed=self._run.seed)
+        with evaluating(module):
+            for batch in islice(batches, SEEN // 128):
+                arguments, keywords = task.arguments(batch := to_device(batch, device))
+                examples = len(arguments[0])
+                total += float(task.loss(module(*arguments, **keywords), batch)) * examples
+                count += examples
+        return total / max(count, 1)
+
+    def _measuring(self, layers: int) -> None:
+        self._tell(f"times {layers} layers in {self._run.runtime}, once on this machine")
+
+    def _tell(self, text: str) -> None:
+        self._run.tell({"event": "note", "text": f"prune: {text}"})
+
+
+def _on(example: tuple[Tensor, ...], student: Student) -> tuple[Tensor, ...]:
+    """An example where the student's network is."""
+    return tuple(x.to(device_of(student.module)) for x in example)
+
+
+def _macs_of(shapes: Iterable[Shape]) -> dict[Shape, float]:
+    return {shape: float(shape.macs) for shape in shapes}
