@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 LARGEST = 100e6
 TORCHVISION_PIXELS = {"inception_v3": 299}
@@ -115,7 +116,9 @@ def _torchvision(name: str, arguments: dict[str, Any]) -> nn.Module:
 def _timm(name: str, arguments: dict[str, Any]) -> nn.Module:
     import timm
 
-    module: nn.Module = timm.create_model(name, pretrained=False, **arguments)
+    module: nn.Module = timm.create_model(
+        name, pretrained=False, num_classes=IMAGE_CLASSES, **arguments
+    )
     return module
 
 
@@ -157,22 +160,31 @@ def network(key: str) -> Network:
 
 
 @torch.no_grad()
-def enliven(module: nn.Module) -> None:
+def enliven(module: nn.Module, example: tuple[Tensor, ...]) -> None:
     """Weights as after training, in place, so that a wrong channel shows.
 
-    Norms get scales, shifts and statistics of their own; parameters that begin as one value (zeros,
-    ones, a small layer scale) or next to it get random ones about it.
+    Parameters that begin as one value (zeros, ones, a small layer scale) or next to it get random
+    ones about it; layers whose weights are so small that they would hardly answer (attention that
+    looks everywhere alike) get larger ones. Batch norms' statistics are about those of the example.
     """
-    for part in module.modules():
-        if isinstance(getattr(part, "running_mean", None), Tensor):
-            part.running_mean.normal_(0, 0.3)  # type: ignore[union-attr, operator]
-            part.running_var.uniform_(0.5, 1.5)  # type: ignore[union-attr, operator]
     for parameter in module.parameters():
-        flat = parameter.flatten()
-        middle = float(flat.mean())
-        if float(flat.std(correction=0)) > 1e-3:
-            continue
-        if abs(middle) < 0.1:
+        middle, spread = float(parameter.mean()), float(parameter.std(correction=0))
+        if spread <= 1e-3 and abs(middle) < 0.1:
             parameter.normal_(0, 0.2)
-        else:
+        elif spread <= 1e-3:
             parameter.uniform_(0.5, 1.5).mul_(middle)
+        elif parameter.dim() > 1:
+            gain = spread * parameter[0].numel() ** 0.5
+            parameter.mul_(max(1.0, 1 / gain))
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    usual = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.train().momentum = 1.0
+    if norms:
+        module(*example)
+    for norm, momentum in zip(norms, usual, strict=True):
+        norm.eval().momentum = momentum
+        variance = norm.running_var
+        assert variance is not None and norm.running_mean is not None
+        norm.running_mean += torch.randn_like(variance) * 0.3 * variance.sqrt()
+        variance.mul_(torch.empty_like(variance).uniform_(0.5, 1.5)).add_(1e-3)

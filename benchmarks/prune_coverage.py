@@ -13,12 +13,13 @@ pruned by L1 magnitude at a ratio of 0.5, layer by layer, the output layer left 
 - at most half of its parameters are left;
 - it answers on two random examples as the masked network, within 1e-4 of the largest answer;
 - saved and loaded in a fresh process, it answers the same, within 1e-6;
-- building, pruning, saving, loading and answering take 60 seconds of one core's time.
+- pruning, saving, loading and answering take at most 60 seconds of one core's time.
 
 Each tool's work runs in a process of its own, of one thread (`coverage_worker.py`). The clock
 starts there after all imports, and counts processor time, so that other work on the machine doesn't
 count; at 60 seconds the system ends the process. The fresh process has what the first left of the
-60. The check against the masked network is the benchmark's own and off the clock.
+60. Making the network to be pruned and checking it against the masked one are the benchmark's own
+and off the clock.
 
 The check is the same for both tools and knows nothing of what they say they did: what was removed
 is read off the weights that are left, and the same weights are set to zero in a copy. Where that
