@@ -122,9 +122,7 @@ def test_the_model_of_costs_is_exact_where_a_layer_hangs_on_two_parts(name):
             narrow = make()
             removal_of(graph, gone).replay(narrow)
             wanted, said = measure(narrow), fixed + cost_of(list(chosen), terms)
-            assert said == pytest.approx(
-                wanted, rel=0.0 if name == "joined" else 1e-9, abs=1e-6
-            ) or (name == "joined" and said == pytest.approx(wanted, rel=0.1))
+            assert said == pytest.approx(wanted, rel=0.1 if name == "joined" else 1e-9)
 
 
 def test_what_loses_much_stays_and_what_costs_little_to_keep_stays():

@@ -1,5 +1,7 @@
 """The prune stage: what a recipe says, and what the run hears."""
 
+import json
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ from attar.stages.base import Context, stages
 from attar.stages.prune import Prune
 from attar.student import Student
 from attar.training.config import Training
+from run_fixture import ledger_of, run_recipe, write_recipe
 
 
 class Digits:
@@ -183,3 +186,94 @@ def test_an_unknown_criterion_names_near_ones():
 def test_pruning_comes_before_sharing_and_quantizing():
     assert stages.get("prune") is Prune
     assert set(Prune.not_after) == {"quantize", "share"}
+
+
+# --- to a budget, in whole runs
+
+BUDGETED = """\
+name: budgeted
+data: {source: digits, subset: 300}
+teacher: {model: digits-small, train: {epochs: 3, batch_size: 32, optimizer: {lr: 0.01}}}
+stages: [{prune: {macs: 60%}}]
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("budgeted")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ATTAR_CACHE", str(place / "cache"))
+        yield write_recipe(place, BUDGETED)
+
+
+def after_pruning(recipe: Path, *settings: str, heard: list[Any] | None = None):
+    folder = Path(tempfile.mkdtemp(dir=recipe.parent)) / "run"
+    run_recipe(recipe, folder, *settings, heard=heard if heard is not None else [])
+    rows = {row["stage"]: row for row in ledger_of(folder)["rows"]}
+    return rows["exported"], rows["prune"], folder
+
+
+@pytest.mark.parametrize("unit", ["macs", "parameters"])
+def test_what_may_be_left_is_kept_in_the_ledger(recipe, unit):
+    amount = f"stages=[{{prune: {{{unit}: 60%}}}}]"
+    before, after, folder = after_pruning(recipe, amount)
+    assert 0.4 * before[unit] < after[unit] <= 0.6 * before[unit]
+    plan = json.loads((folder / "stages" / "01-prune" / "plan.json").read_text())
+    assert (plan["unit"], plan["after"]) == (unit, after[unit])
+
+
+def test_bytes_that_may_be_left_are_those_of_the_file(recipe):
+    before, after, _ = after_pruning(recipe, "stages=[{prune: {size: 25KB, sensitivity: false}}]")
+    assert before["bundle"]["bytes"] > 30_000
+    assert 20_000 < after["bundle"]["bytes"] <= 25_500  # the row's file has its description in it
+
+
+def test_milliseconds_that_may_be_left_are_measured(recipe):
+    heard: list[Any] = []
+    _, _, folder = after_pruning(
+        recipe, "stages=[{prune: {latency_ms: 90%, sensitivity: false, floor: 2}}]", heard=heard
+    )
+    found = json.loads((folder / "details.json").read_text())["found"]["01-prune"]
+    told = " ".join(e.get("text", "") for e in heard)
+    assert "layers in onnxruntime, once on this machine" in told
+    assert found["latency_ms"]["after"] <= found["latency_ms"]["limit"]
+    assert found["latency_ms"]["limit"] < found["latency_ms"]["before"]
+
+
+def test_a_plan_given_back_makes_the_same_student(recipe):
+    *_, folder = after_pruning(recipe)
+    place = folder / "stages" / "01-prune"
+    *_, again = after_pruning(recipe, f"stages=[{{prune: {{plan: {place / 'plan.json'}}}}}]")
+    weights = "stages/01-prune/student/weights.safetensors"
+    assert (again / weights).read_bytes() == (folder / weights).read_bytes()
+    assert json.loads((again / "stages/01-prune/plan.json").read_text())["parts"]
+
+
+def test_a_budget_out_of_reach_is_an_error_that_says_how_far_one_gets(recipe):
+    with pytest.raises(UsageError, match=r"macs: 1000 is below what any plan reaches: .* \d+"):
+        after_pruning(recipe, "stages=[{prune: {macs: 1000, sensitivity: false}}]")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"macs": "50%", "ratio": 0.5}, "give one of ratio and macs"),
+        ({"macs": "50%", "size": "10KB"}, "give one of macs and size"),
+        ({"macs": "50%", "granularity": "weight"}, "macs is for granularity: channel"),
+        ({"latency_ms": 1, "scope": "global"}, "latency_ms says by itself what goes where"),
+        ({"macs": "120%"}, "no share to keep: it lies between"),
+        ({"macs": -5}, "-5 is no amount"),
+        ({"parameters": "many"}, "'many' is no amount"),
+        ({"size": "10 apples"}, "is not a size"),
+        ({"plan": "nowhere.json"}, "there is no plan nowhere.json"),
+        ({"latency_ms": True}, "True is no amount"),
+    ],
+)
+def test_budgets_that_make_no_sense_are_refused(fields, message):
+    with pytest.raises(ValidationError, match=message):
+        Prune(**fields)
+
+
+def test_results_hang_on_the_deploy_target_where_it_is_measured():
+    assert Prune(latency_ms=1).measures_runtime and Prune(size="1MB").measures_runtime
+    assert not Prune(macs="50%").measures_runtime and not Prune(ratio=0.5).measures_runtime
