@@ -254,7 +254,7 @@ def test_layers_nobody_knows_and_small_ones_stay_dense():
 
     net = nn.Sequential(Own(), nn.Linear(4, 3), nn.Linear(4, 4))
     assert left_dense(Student(net), pattern="2:4") == {
-        "0": "which dimension of a Own holds its inputs is not known",
+        "0": "which dimension of Own holds its inputs is not known",
         "1": "it would keep 6 weights, less than the floor of 8",
     }
     assert set(masked(prune(Student(net), pattern="2:4")).masks) == {"2.weight"}
@@ -305,6 +305,13 @@ def test_what_was_masked_before_is_gone_first():
         assert torch.equal(left[left > 0].sort().values, kept[kept > 0].sort().values)
     assert torch.equal(prune(sparse, pattern="2:4").module.weight, sparse.module.weight)
     assert [edit.kind for edit in sparse.edits] == ["masked"]
+
+
+def test_a_criterion_that_scores_zeros_keeps_none_of_what_was_masked():
+    once = prune(student_of(lambda: nn.Linear(32, 16)), ratio=0.6)
+    sparse = prune(once, criterion="random", pattern="2:4").module.weight
+    left = once.module.weight.view(-1, 4).count_nonzero(1)
+    assert torch.equal(sparse.view(-1, 4).count_nonzero(1), left.clamp(max=2))
 
 
 def test_a_pattern_outlives_further_pruning_and_stricter_ones_follow():
@@ -383,6 +390,13 @@ def test_blocks_of_one_weight_are_single_weights():
         assert torch.equal(masked(blocks).masks[path], mask)
 
 
+def test_a_block_may_be_larger_than_a_layer():
+    student = student_of(lambda: nn.Sequential(nn.Linear(64, 6), nn.Linear(6, 4)))
+    sparse = prune(student, ratio=0.5, block=(10**9, 8)).module
+    assert int((sparse[0].weight == 0).all(0).sum()) == 32
+    assert (sparse[1].weight != 0).all(), "one block: half of it is none"
+
+
 def test_an_edge_is_not_what_goes_first():
     layer = nn.Linear(8, 10)
     layer.weight.data = torch.full((10, 8), 1.0)
@@ -437,13 +451,14 @@ def test_blocks_grow_in_steps_and_take_what_is_gone_along():
 
 def test_masked_weights_count_as_zeros_in_their_block():
     layer = nn.Linear(8, 2)
-    layer.weight.data = torch.tensor([[1.0, 9, 2, 2, 3, 3, 4, 4], [9.0, 1, 2, 2, 3, 3, 4, 4]])
+    layer.weight.data = torch.tensor([[1.0, 9, 2, 2, 3, 3, 9, 4], [9.0, 1, 2, 2, 3, 3, 9, 4]])
     mask = torch.ones(2, 8, dtype=torch.bool)
-    mask[0, 1] = mask[1, 0] = False
+    mask[0, 1] = mask[1, 0] = mask[0, 7] = False
     with torch.no_grad():
         once = Student(layer).edited(Masked({"weight": mask}))
-    sparse = prune(once, ratio=0.25, block=(2, 2), floor=1).module.weight
-    assert (sparse[:, :2] == 0).all() and (sparse[:, 2:] != 0).all()
+    sparse = prune(once, ratio=0.5, block=(2, 2), floor=1).module.weight
+    expected = torch.tensor([[0, 0, 0, 0, 3, 3, 9, 0], [0, 0, 0, 0, 3, 3, 9, 4.0]])
+    assert torch.equal(sparse, expected), "a block with a masked weight may still count most"
 
 
 # -- promises -------------------------------------------------------------------------------------
@@ -699,11 +714,13 @@ def test_the_stage_says_what_was_done_and_what_stayed_dense(run, events):
 
 def test_the_stage_prunes_blocks_in_steps(run, events):
     stage = Prune(
-        granularity="weight", block=[4, 4], ratio=0.75, schedule={"cubic": 3}, recover={"epochs": 3}
+        granularity="weight", block=[4, 4], ratio=0.6, schedule={"cubic": 3}, recover={"epochs": 3}
     )
-    sparse = stage.apply(student_of(lambda: nn.Sequential(nn.Linear(16, 16), nn.Linear(4, 4))), run)
+    net = nn.Sequential(nn.Linear(16, 16), nn.Linear(4, 4), nn.Linear(8, 4))
+    sparse = stage.apply(Student(net), run)
     sparse.check()
-    assert run.found["weights"]["0"] == {"weights": 256, "kept": 64, "block": [4, 4]}
+    assert run.found["weights"]["0"] == {"weights": 256, "kept": 112, "block": [4, 4]}
+    assert run.found["weights"]["2"] == {"weights": 32, "kept": 16, "block": [4, 4]}
     assert run.found["kept_whole"] == {"1": "none of its blocks was to go"}
     assert notes(events) == ["prune: block [4, 4] leaves 1 dense: none of its blocks was to go"]
 
@@ -723,7 +740,7 @@ def test_a_pattern_lost_with_its_channels_is_said(run, events, monkeypatch):
     monkeypatch.setattr("attar.stages.prune._example", lambda run, device: (torch.randn(2, 8),))
     monkeypatch.setattr("attar.stages.prune.calls_of", lambda *a: None)
     Prune(ratio=0.5, round_to=1).apply(student, run)
-    assert "prune: 2 no longer keep to their pattern, 2:4" in notes(events)
+    assert "prune: the pattern 2:4 no longer holds in 2" in notes(events)
 
 
 def test_a_whole_run_keeps_two_of_four(tmp_path):

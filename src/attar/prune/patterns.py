@@ -180,7 +180,7 @@ def dense_for(layer: nn.Module, weight: Tensor, n: int, m: int, floor: int) -> s
     """
     dim = input_dim(layer)
     if dim is None:
-        return f"which dimension of a {type(layer).__name__} holds its inputs is not known"
+        return f"which dimension of {type(layer).__name__} holds its inputs is not known"
     inputs = weight.shape[dim] // (layer.groups if isinstance(layer, _ConvTransposeNd) else 1)
     if inputs % m:
         return f"its outputs read {inputs} input{'s' * (inputs != 1)} each, no multiple of {m}"

@@ -284,7 +284,7 @@ class Prune(Budgets, Stage):
                 run.tell(_note(f"{what} leaves {layers} dense: {reason}"))
         after = _patterns(student)
         if lost := [layer for layer in before if layer not in after]:
-            run.tell(_note(f"{joined(lost)} no longer keep to their pattern, {before[lost[0]]}"))
+            run.tell(_note(f"the pattern {before[lost[0]]} no longer holds in {joined(lost)}"))
 
 
 def calls_of(
