@@ -13,9 +13,9 @@ from attar.errors import RecipeError, UsageError
 from attar.recipe import Recipe, dump_recipe, load_recipe, presets
 from attar.recipe.detecting import detect
 from attar.recipe.starting import write_starting_recipe
-from attar.units import parse_share, parse_size, readable
 from attar.stages.base import Context, Stage, stages
 from attar.student import Student
+from attar.units import parse_share, parse_size, readable
 
 WHOLE = """\
 data: {source: digits}

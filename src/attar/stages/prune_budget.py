@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -15,21 +13,19 @@ from pydantic import BaseModel, BeforeValidator
 from torch import Tensor, nn
 
 from attar.measure.cost import macs, parameters
-from attar.measure.latency import time_interleaved
 from attar.planning.layers import LayerTimes, Shape
 from attar.prune import Pruned, Widths
 from attar.prune.budgets import Budget, Unit, prune_to_budget
 from attar.prune.costs import Prices
 from attar.prune.criteria import Calls, Criterion
 from attar.prune.plan import Plan, prune_by_plan
-from attar.runtimes.base import Runtime, runtimes
+from attar.runtimes.base import runtimes
+from attar.runtimes.target import Target
 from attar.stages.base import Context
 from attar.student import Student
 from attar.training.evaluation import device_of, evaluating, to_device
 from attar.units import parse_size
 
-SECONDS = 1.5
-"""For which a whole network is timed."""
 SEEN = 512
 """Validation examples on which it is measured what a part of the network loses."""
 
@@ -118,8 +114,8 @@ class Planner:
         measure: Callable[[Student], float] = {
             "macs": self._macs,
             "parameters": lambda s: parameters(s.module),
-            "size": self._size,
-            "latency_ms": self._latency,
+            "size": lambda s: self._target.bytes(s),
+            "latency_ms": lambda s: self._target.latency_ms(s),
         }[unit]
         if isinstance(amount, str):
             amount = float(amount.removesuffix("%")) / 100 * measure(student)
@@ -142,31 +138,19 @@ class Planner:
     def _macs(self, student: Student) -> float:
         return macs(student.module, _on(self._example, student))
 
-    def _size(self, student: Student) -> float:
-        with self._exported(student) as (_, _, files):
-            return float(sum(file.stat().st_size for file in files))
-
-    def _latency(self, student: Student) -> float:
-        inputs = [x.numpy() for x in self._asked]
-        with self._exported(student) as (runtime, folder, _):
-            session = runtime.session(folder, threads=self._run.threads)
-            timed = time_interleaved({"it": lambda: session(*inputs)}, seconds=SECONDS)
-        return float(timed["it"]["p50_ms"])
-
-    @contextmanager
-    def _exported(self, student: Student) -> Iterator[tuple[Runtime, Path, list[Path]]]:
-        runtime, task = runtimes.get(self._run.runtime)(), self._run.task
-        described = task.describe(self._run.data)
-        names = tuple([one["name"] for one in described[side]] for side in ("inputs", "outputs"))
-        with tempfile.TemporaryDirectory() as folder:
-            files = runtime.export(
-                student,
-                Path(folder),
-                example=self._example,
-                dynamic_shapes=task.dynamic_shapes(self._example),
-                names=(names[0], names[1]),
-            )
-            yield runtime, Path(folder), files
+    @cached_property
+    def _target(self) -> Target:
+        task, data = self._run.task, self._run.data
+        described = task.describe(data)
+        inputs, outputs = ([one["name"] for one in described[k]] for k in ("inputs", "outputs"))
+        return Target(
+            runtimes.get(self._run.runtime)(),
+            self._example,
+            task.dynamic_shapes(self._example),
+            (inputs, outputs),
+            tuple(x.numpy() for x in self._asked),
+            self._run.threads,
+        )
 
     def _lost(self, module: nn.Module) -> float:
         """The loss on a part of the validation split."""
