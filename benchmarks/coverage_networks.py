@@ -12,6 +12,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 LARGEST = 100e6
 TORCHVISION_PIXELS = {"inception_v3": 299}
+TORCHVISION_ARGUMENTS: dict[str, dict[str, Any]] = {
+    # the default initialisation of both is slow; with its weights GoogLeNet has no side outputs
+    "googlenet": {"init_weights": False, "aux_logits": False},
+    "inception_v3": {"init_weights": False},
+}
 IMAGE_CLASSES, TEXT_CLASSES = 1000, 10
 VOCABULARY, TOKENS = 2000, 32
 BLOCKS = 4
@@ -107,9 +112,8 @@ class Network:
 def _torchvision(name: str, arguments: dict[str, Any]) -> nn.Module:
     import torchvision
 
-    # another initialisation, which is slow, is the default of these two
-    slow = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    module: nn.Module = torchvision.models.get_model(name, weights=None, **slow, **arguments)
+    given = {**TORCHVISION_ARGUMENTS.get(name, {}), **arguments}
+    module: nn.Module = torchvision.models.get_model(name, weights=None, **given)
     return module
 
 
