@@ -215,17 +215,18 @@ def after_pruning(recipe: Path, *settings: str, heard: list[Any] | None = None):
     return rows["exported"], rows["prune"], folder
 
 
-@pytest.mark.parametrize("unit", ["macs", "parameters"])
-def test_what_may_be_left_is_kept_in_the_ledger(recipe, unit):
-    amount = f"stages=[{{prune: {{{unit}: 60%}}}}]"
+@pytest.mark.parametrize(("unit", "sensitivity"), [("macs", "true"), ("parameters", "false")])
+def test_what_may_be_left_is_kept_in_the_ledger(recipe, unit, sensitivity):
+    amount = f"stages=[{{prune: {{{unit}: 60%, sensitivity: {sensitivity}}}}}]"
     before, after, folder = after_pruning(recipe, amount)
     assert 0.4 * before[unit] < after[unit] <= 0.6 * before[unit]
     plan = json.loads((folder / "stages" / "01-prune" / "plan.json").read_text())
     assert (plan["unit"], plan["after"]) == (unit, after[unit])
+    assert ("validation" in plan["losses"]) == (sensitivity == "true")
 
 
 def test_bytes_that_may_be_left_are_those_of_the_file(recipe):
-    before, after, _ = after_pruning(recipe, "stages=[{prune: {size: 25KB, sensitivity: false}}]")
+    before, after, _ = after_pruning(recipe, "stages=[{prune: {size: 25KB}}]")
     assert before["bundle"]["bytes"] > 30_000
     assert 20_000 < after["bundle"]["bytes"] <= 25_500  # the row's file has its description in it
 
@@ -240,7 +241,7 @@ def test_milliseconds_that_may_be_left_are_measured(recipe, monkeypatch):
     monkeypatch.setattr(Target, "latency_ms", latency_ms)
     heard: list[Any] = []
     _, _, folder = after_pruning(
-        recipe, "stages=[{prune: {latency_ms: 90%, sensitivity: false, floor: 2}}]", heard=heard
+        recipe, "stages=[{prune: {latency_ms: 90%, floor: 2}}]", heard=heard
     )
     found = json.loads((folder / "details.json").read_text())["found"]["01-prune"]
     told = " ".join(e.get("text", "") for e in heard)
@@ -260,7 +261,7 @@ def test_a_plan_given_back_makes_the_same_student(recipe):
 
 def test_a_budget_out_of_reach_is_an_error_that_says_how_far_one_gets(recipe):
     with pytest.raises(UsageError, match=r"macs: 1000 is below what any plan reaches: .* \d+"):
-        after_pruning(recipe, "stages=[{prune: {macs: 1000, sensitivity: false}}]")
+        after_pruning(recipe, "stages=[{prune: {macs: 1000}}]")
 
 
 @pytest.mark.parametrize(

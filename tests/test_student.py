@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
@@ -420,3 +421,17 @@ def test_a_pickle_in_the_place_of_weights_is_not_run(saved, tmp_path):
     with pytest.raises(CheckpointError, match="damaged"):
         load(saved)
     assert victim.exists()
+
+
+def test_a_network_that_asks_for_its_version_comes_back(tmp_path):
+    """As torchvision's MNASNet does, which refuses weights that carry none."""
+
+    def build(spec):
+        return torchvision.models.MNASNet(0.35, num_classes=4)
+
+    x = torch.randn(1, 3, 64, 64)
+    module = build(None).eval()
+    save_student(Student(module, ModelSpec(model="mnasnet")), tmp_path)
+    back = load_student(tmp_path, build=build)
+    with torch.no_grad():
+        assert torch.equal(back.module(x), module(x))

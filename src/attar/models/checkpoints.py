@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from attar.errors import CheckpointError
+from attar.models.weights import load_weights
 
 NESTED = (
     "state_dict",
@@ -54,7 +55,7 @@ def load_checkpoint(module: nn.Module, path: str | Path) -> None:
     own = module.state_dict()
     state = _renamed(_weights_in(_read(path), path), set(own))
     _check_fit(own, state, path)
-    module.load_state_dict(state, strict=False)  # checked above; only counters may differ
+    load_weights(module, state, strict=False)  # checked above; only counters may differ
 
 
 def _read(path: Path) -> Any:

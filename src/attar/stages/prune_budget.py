@@ -63,8 +63,8 @@ class Budgets(BaseModel):
     """Bytes of the exported float file (`200KB`), or a share."""
     latency_ms: Amount | None = None
     """Milliseconds of one answer of the exported float file in the deploy runtime, or a share."""
-    sensitivity: bool = True
-    """Whether what each part loses is measured on validation; else scores are summed."""
+    sensitivity: bool = False
+    """Whether what each part loses is measured on validation; else its scores are summed."""
     plan: Path | None = None
     """A `plan.json` of an earlier run, as it was or edited, instead of a budget or a ratio."""
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from attar.errors import CheckpointError
 from attar.models.base import ModelSpec
+from attar.models.weights import load_weights
 from attar.store import full_disk_as_error, write_whole
 from attar.student.edits import Edit, edit_from
 from attar.student.student import Student
@@ -132,7 +133,7 @@ def _edits(records: list[dict[str, Any]], tensors: dict[str, Tensor]) -> list[Ed
 
 def _load_weights(module: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
     try:
-        module.load_state_dict(weights, strict=True)
+        load_weights(module, weights)
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()[1:4]]
         raise CheckpointError(

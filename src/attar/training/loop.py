@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from attar.data.base import Batch, Data
 from attar.errors import CheckpointError, TrainingError
 from attar.events import Listener, silent
+from attar.models.weights import load_weights
 from attar.tasks.base import Task
 from attar.training.checkpoint import load_checkpoint_state, save_checkpoint
 from attar.training.config import Optimizer, Training
@@ -227,7 +228,7 @@ class _Run:
     def hand_back(self) -> list[dict[str, Any]]:
         """Puts the kept weights into the module and everything else away."""
         assert self.best is not None
-        self.module.load_state_dict(self.best)
+        load_weights(self.module, self.best)
         self.module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         self.module.zero_grad(set_to_none=True)
         self.module.eval()
