@@ -34,7 +34,7 @@ isn't done. It is saved as it says: the whole module by `torch.save`. Where it i
 column is left out.
 
 Results are lines of `results/prune_coverage.jsonl`, by network, tool and version (Attar's is a hash
-of its pruning code): what is there isn't measured again without `--again`, so the whole can be
+of its code that prunes, saves and loads): what is there isn't measured again without `--again`, so the whole can be
 measured in pieces. `--quick` measures six networks afresh and keeps none. `--seeds` changes
 nothing.
 """
@@ -59,7 +59,7 @@ from typing import Any
 from common import RESULTS, conclude, options, show
 from coverage_networks import Network, networks
 
-import attar.prune
+import attar
 from attar.measure.machine import environment
 
 LOG = RESULTS / "prune_coverage.jsonl"
@@ -124,16 +124,16 @@ def wanted(one: Network, arguments: argparse.Namespace) -> bool:
 
 
 def version_of(tool: str) -> str:
-    """Torch-Pruning's own; Attar's is a hash of its pruning code, which is what changes results."""
+    """Torch-Pruning's own; Attar's is a hash of the code that prunes, saves and loads."""
     if tool == "torch-pruning":
         try:
             return version(tool)
         except PackageNotFoundError:
             return "1.6.1"
-    folder = Path(attar.prune.__file__).parent
+    root = Path(attar.__file__).parent
     digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*.py")):
-        digest.update(file.relative_to(folder).as_posix().encode() + file.read_bytes())
+    for file in sorted(f for part in ("prune", "student") for f in (root / part).rglob("*.py")):
+        digest.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
     return digest.hexdigest()[:12]
 
 
