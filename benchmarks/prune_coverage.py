@@ -34,9 +34,9 @@ isn't done. It is saved as it says: the whole module by `torch.save`. Where it i
 column is left out.
 
 Results are lines of `results/prune_coverage.jsonl`, by network, tool and version (Attar's is a hash
-of its code that prunes, saves and loads): what is there isn't measured again without `--again`, so the whole can be
-measured in pieces. `--quick` measures six networks afresh and keeps none. `--seeds` changes
-nothing.
+of its code that prunes, saves and loads): what is there isn't measured again without `--again`, so
+the whole can be measured in pieces. `--quick` measures six networks afresh and keeps none.
+`--seeds` changes nothing.
 """
 
 from __future__ import annotations
