@@ -29,6 +29,7 @@ import torch._dynamo  # torch.export imports it late, and no import is measured
 from coverage_networks import Network, enliven, network
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from attar.prune import channel_graph, criteria, prune_channels
 from attar.prune.groups import ChannelGraph, JointPlace, Place
@@ -216,8 +217,8 @@ def difference_to_masked(
     """How far the pruned network's answers are from the masked network's, by the best reading.
 
     What was removed is read off the weights themselves. First the parameters are zeroed and nothing
-    else. Where that differs, norms and means over channels are computed over those that stay, and
-    attention is scaled as it was, in double precision: all that a tool may reasonably do.
+    else. Where that differs, norms, means and softmaxes over channels are computed over those that
+    stay, and attention is scaled as it was, in double precision: all that a tool may reasonably do.
     """
     torch.backends.mha.set_fastpath_enabled(False)  # it would hide attention's scale
     removal = removed_from(module, pruned)
@@ -235,7 +236,8 @@ def difference_to_masked(
                 answers_of(networks[0], inputs)
             with scales(before):
                 answers = answers_of(networks[1], inputs)
-            wanted = masked_answers(networks[2], extended, inputs, graph)
+            with SoftmaxOverThoseThatStay():
+                wanted = masked_answers(networks[2], extended, inputs, graph)
         except (RuntimeError, TypeError):  # code that holds to float32
             continue
         found.append(difference(answers, wanted))
@@ -264,6 +266,22 @@ def scales(given: list[float] | None = None) -> Iterator[list[float]]:
         yield seen
     finally:
         F.scaled_dot_product_attention = attention
+
+
+class SoftmaxOverThoseThatStay(TorchDispatchMode):
+    """Attention among channels, in a masked network: the scores of a channel that is gone are zero
+    in every row, and get no share. Where all are gone, a whole head is, and nothing changes."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten._softmax.default and args[0].dim() > 1:
+            scores, d, *rest = args
+            if d % scores.dim() == scores.dim() - 1:
+                gone = (scores == 0).all(-2, keepdim=True)
+                gone &= ~gone.all(-1, keepdim=True)
+                args = (scores.masked_fill(gone, float("-inf")), d, *rest)
+        return func(*args, **(kwargs or {}))
 
 
 def removed_from(module: nn.Module, pruned: nn.Module) -> ChannelsRemoved:

@@ -23,8 +23,8 @@ and off the clock.
 
 The check is the same for both tools and knows nothing of what they say they did: what was removed
 is read off the weights that are left, and the same weights are set to zero in a copy. Where that
-answers otherwise, the copy computes norms and means over channels over those that stay, and the
-pruned network's attention is scaled as it was: a narrower head may scale by its new width.
+answers otherwise, the copy computes norms, means and softmaxes over channels over those that stay,
+and the pruned network's attention is scaled as it was: a narrower head may scale by its new width.
 
 Torch-Pruning (`pip install torch-pruning==1.6.1`, no dependency of Attar's) gets what its README
 gives, and the rules that its examples for torchvision, timm and BERT add, for every network alike:
