@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from attar.measure.machine import environment
 from attar.pipeline.job import job_of
 from attar.recipe import Recipe
 from attar.stages.base import Context
-from attar.stages.distill import Distill
 from attar.store import Store
+from attar.student import Student
 from attar.training.evaluation import statistics_of
 
 
@@ -55,24 +56,39 @@ class Log:
         return [json.loads(line) for line in text.splitlines()]
 
     def trained(
-        self, recipe: Recipe, label: str, setting: str, *, keep: bool, **changes: Any
+        self,
+        recipe: Recipe,
+        label: str,
+        setting: str,
+        *,
+        keep: bool,
+        also: Callable[[Student], dict[str, Any]] | None = None,
+        **changes: Any,
     ) -> dict[str, Any]:
         """The training's line: from the log, or run now and, where it is to be kept, appended."""
         line = self.find(label, recipe.seed, setting)
         if line is None:
             print(f"{label}, seed {recipe.seed}", flush=True)
-            line = train(recipe, label, setting, **changes)
+            line = train(recipe, label, setting, also=also, **changes)
             if keep:
                 self.append(line)
         return line
 
 
-def train(recipe: Recipe, label: str, setting: str, **changes: Any) -> dict[str, Any]:
-    """Trains the recipe's student by its only stage, with changes to it, as a line of the log."""
+def train(
+    recipe: Recipe,
+    label: str,
+    setting: str,
+    *,
+    also: Callable[[Student], dict[str, Any]] | None = None,
+    **changes: Any,
+) -> dict[str, Any]:
+    """Trains the recipe's student (or a copy of its teacher) by its only stage, with changes to it,
+    as a line of the log. also: what else the line says of the student."""
     job = job_of(recipe)
     work = Path("runs") / "benchmarks" / recipe.name / f"{label}-{recipe.seed}"
     (stage,) = job.stages
-    stage = Distill.model_validate({**stage.model_dump(), **changes})
+    stage = type(stage).model_validate({**stage.model_dump(), **changes})
     run = Context(
         task=job.task,
         data=job.data,
@@ -81,9 +97,12 @@ def train(recipe: Recipe, label: str, setting: str, **changes: Any) -> dict[str,
         work=work / setting,
         store=Store(),
         tell=progress,
+        runtime=job.deploy.runtime,
+        threads=job.deploy.threads,
+        batch=job.deploy.batch,
     )
     started = time.perf_counter()
-    student = stage.apply(job.student.fresh(job.seed + 1), run)
+    student = stage.apply((job.student or job.teacher).fresh(job.seed + 1), run)
     seconds = time.perf_counter() - started
     validation, test = (
         job.task.hits(statistics_of(student.module, split, job.task)).astype(bool)
@@ -98,6 +117,7 @@ def train(recipe: Recipe, label: str, setting: str, **changes: Any) -> dict[str,
         "test": float(test.mean()),
         "hits": np.packbits(test).tobytes().hex(),  # a bit for each test image
         "seconds": round(seconds),
+        **(also(student) if also is not None else {}),
         "environment": environment(),
     }
 
