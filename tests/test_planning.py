@@ -111,7 +111,7 @@ def test_a_damaged_file_of_times_is_measured_anew(tmp_path, text):
     times = LayerTimes("onnxruntime", 1, tmp_path)
     times._file.write_text(text)
     narrow = replace(WIDE, inputs=8, outputs=8)
-    assert LayerTimes("onnxruntime", 1, tmp_path).microseconds([narrow])[narrow] > 0
+    assert set(LayerTimes("onnxruntime", 1, tmp_path).microseconds([narrow])) == {narrow}
     assert len(json.loads(times._file.read_text())) == 1
 
 
