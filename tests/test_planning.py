@@ -121,8 +121,19 @@ def test_many_layers_take_several_files(tmp_path, monkeypatch):
     assert set(LayerTimes("onnxruntime", 1, tmp_path).microseconds(shapes)) == set(shapes)
 
 
-def test_a_runtime_that_tells_no_times_is_refused(tmp_path, monkeypatch):
-    times = LayerTimes("onnxruntime", 1, tmp_path)
-    monkeypatch.setattr(type(times._runtime), "layer_times", lambda *a, **k: {})
+def test_linear_layers_over_positions_have_their_time(tmp_path):
+    wide = Shape("Linear", 512, 512, (1, 64))
+    assert LayerTimes("onnxruntime", 1, tmp_path).microseconds([wide])[wide] > 0
+
+
+def test_a_runtime_that_tells_no_times_is_refused(tmp_path):
     with pytest.raises(UsageError, match="give macs or parameters instead of latency_ms"):
-        times.microseconds([Shape("Linear", 8, 8, (1,))])
+        LayerTimes("executorch", 1, tmp_path)
+
+
+def test_a_layer_without_a_time_is_refused_and_not_free(tmp_path, monkeypatch):
+    times = LayerTimes("onnxruntime", 1, tmp_path)
+    monkeypatch.setattr(type(times._runtime), "layer_times", lambda *a, **k: {"layers.0": 3.0})
+    shapes = [Shape("Linear", 8, 8, (1,)), Shape("Conv1d", 8, 8, (1, 9), 1, (3,), (1,), (1,), (1,))]
+    with pytest.raises(UsageError, match="doesn't tell how long a layer of kind Conv1d takes"):
+        times.microseconds(shapes)

@@ -158,6 +158,20 @@ def test_a_budget_below_every_plan_says_how_far_one_gets():
         pruned(net, IMAGES, "parameters", 100, widths=Widths(8, 1))
 
 
+def test_a_budget_that_measurements_miss_is_not_called_out_of_reach():
+    net = resnet()
+    least = whole("macs", net, IMAGES) * 0.7
+
+    def measure(student: Student) -> float:  # always a little more than what is allowed
+        return max(whole("macs", student.module, IMAGES), 1.001 * least)
+
+    missed = Budget("latency_ms", least, measure, lambda all_: {s: s.macs for s in all_})
+    with pytest.raises(UsageError, match="was not met in 6 plans, of which the last took"):
+        prune_to_budget(
+            Student(net), (IMAGES,), criterion=criteria.get("magnitude")(), budget=missed
+        )
+
+
 def test_a_budget_that_is_kept_already_is_refused():
     with pytest.raises(UsageError, match="asks for no pruning: the network takes"):
         pruned(resnet(), IMAGES, "macs", 1e12)

@@ -29,6 +29,7 @@ from attar.stages.base import Context
 from attar.stages.prune import Prune
 from attar.student import Student, load_student, save_student
 from attar.training.config import Training
+from network_fixture import Encoder
 from run_fixture import logged, run_recipe, write_recipe
 
 SHAPES = ({0: torch.export.Dim("batch", min=1)},)
@@ -50,23 +51,6 @@ class Convolutional(nn.Module):
         x = F.relu(self.norm(self.stem(x)))
         x = F.relu(self.grouped(self.depthwise(x)))
         return self.head(F.relu(self.wide(F.relu(self.narrow(x)))).mean((2, 3)))
-
-
-class Encoder(nn.Module):
-    """A transformer's layer over the rows of an image."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Linear(8, 16)
-        self.attend = nn.MultiheadAttention(16, 2, batch_first=True)
-        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
-        self.head = nn.Linear(16, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x.squeeze(1))
-        x = x + self.attend(x, x, x, need_weights=False)[0]
-        x = x + self.down(F.gelu(self.up(self.norm(x))))
-        return self.head(x.mean(1))
 
 
 def student_of(network: Any, seed: int = 0) -> Student:

@@ -25,6 +25,7 @@ from attar.runtimes.onnxruntime_graph import optimise_file
 from attar.runtimes.onnxruntime_profile import operators
 from attar.share import share_weights
 from attar.student import Student, save_student
+from network_fixture import Encoder
 
 SHAPES = ({0: torch.export.Dim("batch", min=1)},)
 NAMES = (["input"], ["logits"])
@@ -67,23 +68,6 @@ class Pooled(nn.Module):
         x = x * torch.sigmoid(self.gate(x))
         x = F.avg_pool2d(F.leaky_relu(self.last(x)[:, :, :2, :2]), 2)
         return self.head(x.mean((2, 3)))
-
-
-class Encoder(nn.Module):
-    """A transformer's layer over the rows of an image."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Linear(8, 16)
-        self.attend = nn.MultiheadAttention(16, 2, batch_first=True)
-        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
-        self.head = nn.Linear(16, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x.squeeze(1))
-        x = x + self.attend(x, x, x, need_weights=False)[0]
-        x = x + self.down(F.gelu(self.up(self.norm(x))))
-        return self.head(x.mean(1))
 
 
 class Twice(nn.Module):

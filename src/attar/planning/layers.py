@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from attar.errors import UsageError
 from attar.measure.machine import environment
-from attar.runtimes.base import runtimes
+from attar.runtimes.base import Runtime, runtimes
 from attar.store import cache_folder, key_of, write_whole
 from attar.student import Student
 from attar.training.evaluation import evaluating
@@ -134,7 +134,8 @@ def _shape(layer: Any, size: torch.Size) -> Shape | None:
 class LayerTimes:
     """Measured times of layers in one runtime on this machine, kept for the next time.
 
-    tell: called with how many layers are about to be measured.
+    tell: called with how many layers are about to be measured. Raises `UsageError` for a runtime
+    that doesn't tell times of layers.
 
     Example:
         >>> times = LayerTimes("onnxruntime", threads=1)
@@ -151,14 +152,19 @@ class LayerTimes:
         tell: Callable[[int], None] = lambda count: None,
     ) -> None:
         self._runtime, self._threads, self._tell = runtimes.get(runtime)(), threads, tell
+        if type(self._runtime).layer_times is Runtime.layer_times:
+            raise UsageError(
+                f"the runtime {runtime} doesn't tell how long its layers take: give macs or "
+                "parameters instead of latency_ms"
+            )
         of = [self._runtime.name, self._runtime.available()[1]]
         key = key_of(runtime=of, threads=threads, on=_machine())
         self._file = (folder or cache_folder() / "layer-times") / f"{key}.json"
         self._known = self._read()
 
     def microseconds(self, shapes: Iterable[Shape]) -> dict[Shape, float]:
-        """How long each takes; what isn't known is measured. Raises `UsageError` where the runtime
-        doesn't tell."""
+        """How long each takes, in whole microseconds; what isn't known is measured. Raises
+        `UsageError` for a layer that the runtime says nothing of."""
         shapes = list(dict.fromkeys(shapes))
         missing = [s for s in shapes if s not in self._known]
         if missing:
@@ -188,13 +194,13 @@ class LayerTimes:
             found = self._runtime.layer_times(
                 Path(folder), inputs, threads=self._threads, runs=RUNS
             )
-        if not found:
-            raise UsageError(
-                f"the runtime {self._runtime.name} doesn't tell how long its layers take: give "
-                "macs or parameters instead of latency_ms"
-            )
         for i, shape in enumerate(shapes):
-            self._known[shape] = found.get(f"layers.{i}", 0.0)
+            if f"layers.{i}" not in found:
+                raise UsageError(
+                    f"the runtime {self._runtime.name} doesn't tell how long a layer of kind "
+                    f"{shape.kind} takes: give macs or parameters instead of latency_ms"
+                )
+            self._known[shape] = found[f"layers.{i}"]
 
     def _read(self) -> dict[Shape, float]:
         try:

@@ -96,27 +96,32 @@ def prune_to_budget(
         )
     planner = _Planner(network, example, budget, criterion, widths or Widths(round_to=1), lost)
     best: tuple[Student, Pruned, Plan] | None = None
-    known = [(0.0, 0.0), (planner.whole, whole)]  # by the model, and measured
+    known = ((0.0, 0.0), (planner.whole, whole))  # by the model, and measured
     for _ in range(ATTEMPTS):
-        pruned = network.prune(partial(planner.select, _between(known[-2:], budget.limit)))
+        pruned = network.prune(partial(planner.select, _between(*known, budget.limit)))
         cost = budget.measure(pruned[0])
         if cost <= budget.limit and (best is None or cost > best[2].after):
             best = (*pruned, planner.plan(whole, cost))
         if CLOSE * budget.limit <= cost <= budget.limit or planner.least:
             break
-        known = [(planner.whole, whole), (planner.modelled, cost)]
-    if best is None:
+        known = ((planner.whole, whole), (planner.modelled, cost))
+    if best is None and planner.least:
         raise UsageError(
             f"{budget.unit}: {budget.limit:g} is below what any plan reaches: the smallest network "
             f"found takes {cost:.4g} (a lower floor, or fewer excluded layers, may help)"
         )
+    if best is None:
+        raise UsageError(
+            f"{budget.unit}: {budget.limit:g} was not met in {ATTEMPTS} plans, of which the last "
+            f"took {cost:.4g}: a little more would do, or a quieter machine"
+        )
     return best
 
 
-def _between(known: Sequence[tuple[float, float]], wanted: float) -> float:
+def _between(one: tuple[float, float], other: tuple[float, float], wanted: float) -> float:
     """What the model says of a network that is measured at `wanted`, on the line through two that
     are known."""
-    (x0, y0), (x1, y1) = known
+    (x0, y0), (x1, y1) = one, other
     return x1 + (wanted - y1) * (x1 - x0) / (y1 - y0) if y1 != y0 else x1
 
 

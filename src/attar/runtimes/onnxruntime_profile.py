@@ -93,13 +93,15 @@ def layer_times(
 
 def _owners(path: Path) -> Callable[[str], str | None]:
     """Which layer a profiled node belongs to. ONNX Runtime calls a convolution by what it fused
-    into it (`layer1.0/Relu`), so the way back leads to the nearest one that feeds it."""
+    into it (`layer1.0/Relu`), so the way back leads to the nearest one that feeds it; a product and
+    the addition of its bias it joins under the product's name."""
     nodes = onnx.load(str(path)).graph.node
     named = {node.name: node for node in nodes}
     makers = {value: node for node in nodes for value in node.output}
 
     def owner(name: str) -> str | None:
-        node = named.get(name.removeprefix("fused ").partition("_token_")[0])
+        name = name.removeprefix("fused ").partition("_token_")[0]
+        node = named.get(name.removesuffix("/MatMulAddFusion"))
         while node is not None and node.op_type not in COMPUTE:
             node = makers.get(node.input[0]) if node.input else None
         return node.name.rpartition("/")[0] if node is not None else None
