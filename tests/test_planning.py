@@ -25,13 +25,14 @@ amounts = st.floats(0, 10, allow_subnormal=False)
 def problems(draw):
     sizes = draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
     losses = [np.array([draw(amounts) for _ in range(n)]) for n in sizes]
-    costs = []
+    costs, switches = [], [n for n, size in enumerate(sizes) if size == 2]
     for _ in range(draw(st.integers(1, 5))):
         a = draw(st.integers(0, len(sizes) - 1))
         b = draw(st.none() | st.integers(0, len(sizes) - 1))
         shape = (sizes[a],) if b is None else (sizes[a], sizes[b])
         table = np.array([draw(amounts) for _ in range(int(np.prod(shape)))]).reshape(shape)
-        costs.append(Cost(a, b, table))
+        unless = draw(st.none() | st.sampled_from(switches)) if switches else None
+        costs.append(Cost(a, b, table, unless))
     return losses, costs, draw(st.floats(0, 1)), draw(amounts)
 
 

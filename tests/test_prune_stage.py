@@ -111,6 +111,34 @@ def test_gradual_pruning_trains_between_its_steps(student, run):
     assert run.found["channels"]["0"] == {"before": 32, "after": 8}
 
 
+class Residual(nn.Module):
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.layer = nn.Linear(24, 24)
+        nn.init.normal_(self.layer.weight, std=scale)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.layer(x).relu()
+
+
+def test_blocks_go_by_how_little_they_are_missed(student, run, events):
+    blocks = [Residual(scale) for scale in (0.5, 1e-4, 0.6, 1e-3, 0.7)]
+    deep = Student(nn.Sequential(*list(student.module)[:5], *blocks, student.module[5]))
+    digits = run.task
+    digits.logits = lambda output: output
+    data = SimpleNamespace(train=digits, validation=digits)
+    run = Bench(**{**run.__dict__, "data": data})
+    stage = Prune(granularity="block", ratio=0.6, schedule={"cubic": 2}, recover={"epochs": 2})
+    pruned = stage.apply(deep, run)
+    assert run.found == {
+        "granularity": "block", "ratio": 0.6, "blocks": run.found["blocks"]
+    }  # fmt: skip
+    assert set(run.found["blocks"][:2]) == {"6", "8"} and len(run.found["blocks"]) == 3
+    assert [label for _, label, *_ in run.trained] == ["recover 1 of 2", "recover 2 of 2"]
+    assert sum(isinstance(m, Residual) for m in pruned.module.modules()) == 2
+    assert events[0]["text"].startswith("prune: blocks taken out, the least missed first: ")
+
+
 def test_weights_become_zero(student, run):
     pruned = Prune(granularity="weight", ratio=0.6, exclude=["5"]).apply(student, run)
     assert run.found["weights"] == {
@@ -173,6 +201,9 @@ def test_floors_and_layers_that_stay_are_said(student, run, events):
         ({"ratio": 0.5, "schedule": {"cubic": 4}}, "needs a ratio, and recover"),
         ({"ratio": 0.5, "schedule": {"cubic": 1}}, "greater than or equal to 2"),
         ({"ratio": 0.5, "ratoi": 0.5}, "ratoi"),
+        ({"granularity": "block", "ratio": 0.5, "criterion": "taylor"}, "leave criterion"),
+        ({"granularity": "block", "ratio": 0.5, "scope": "global"}, "leave criterion"),
+        ({"granularity": "block", "macs": "50%"}, "macs is for granularity: channel"),
     ],
 )
 def test_what_makes_no_sense_is_refused(fields, message):

@@ -72,7 +72,8 @@ def sensitivity_of(
         raise UsageError("examples: at least one is needed to measure on")
     place = _place(recipe, stage)
     prune = _pruning(recipe, place)
-    granularity, criterion = granularity or prune.granularity, criterion or prune.criterion
+    granularity = granularity or ("weight" if prune.granularity == "weight" else "channel")
+    criterion = criterion or prune.criterion
     scoring = criteria.get(criterion)()
     job = job_of(recipe.model_copy(update={"stages": recipe.stages[:place]}), trusted=trusted)
     scoring.seed = job.seed
@@ -128,7 +129,6 @@ def write_sensitivity(record: dict[str, Any], folder: Path) -> Path:
 
     text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
     write_whole(folder / "sensitivity.json", text)
-    return write_page(folder)
     return write_page(folder)
 
 

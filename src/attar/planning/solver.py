@@ -33,12 +33,21 @@ class OverBudget(UsageError):
 class Cost:
     """What options cost together: `table[i, j]` where part `a` takes option i and `b` option j.
 
-    With `b` `None`, `table[i]`: what part `a` costs by itself.
+    With `b` `None`, `table[i]`: what part `a` costs by itself. unless: a part of two options whose
+    second one makes all of it cost nothing.
     """
 
     a: int
     b: int | None
     table: np.ndarray
+    unless: int | None = None
+
+    def of(self, chosen: Sequence[int]) -> float:
+        """What is paid for an option of each part."""
+        if self.unless is not None and chosen[self.unless]:
+            return 0.0
+        at = chosen[self.a] if self.b is None else (chosen[self.a], chosen[self.b])
+        return float(self.table[at])
 
 
 def solve(
@@ -67,55 +76,65 @@ def solve(
 
 def cost_of(chosen: Sequence[int], costs: Sequence[Cost]) -> float:
     """What a choice costs, without what is fixed."""
-    return float(
-        sum(
-            c.table[chosen[c.a]] if c.b is None else c.table[chosen[c.a], chosen[c.b]]
-            for c in costs
-        )
-    )
+    return sum(cost.of(chosen) for cost in costs)
 
 
 class _Program:
-    """The variables: whether part p takes option i (whole), and whether two parts that cost
-    together take i and j (which follows, so they need not be asked to be whole)."""
+    """The variables: whether part p takes option i (whole), and, for each table, whether the parts
+    that it is of take i and j (which follows, so they need not be asked to be whole)."""
 
     def __init__(self, sizes: list[int], costs: Sequence[Cost]) -> None:
         self._sizes = sizes
         self._starts = np.concatenate([[0], np.cumsum(sizes)])
         merged = _merged(costs)
-        self.pairs = sum(table.size for (_, b), table in merged.items() if b is not None)
+        self.pairs = sum(c.table.size for c in merged if not self._direct(c))
         self.cost = np.zeros(self._starts[-1] + self.pairs)
         self._entries: list[tuple[int, int, float]] = []
-        self._right: list[float] = []
+        self._least: list[float] = []
+        self._most: list[float] = []
         for part, size in enumerate(sizes):
-            self._equal([(self._starts[part] + i, 1.0) for i in range(size)], 1.0)
+            self._row([(self._starts[part] + i, 1.0) for i in range(size)], 1.0, 1.0)
         at = int(self._starts[-1])
-        for (a, b), table in merged.items():
-            if b is None:
-                self.cost[self._starts[a] : self._starts[a] + len(table)] += table
+        for cost in merged:
+            if self._direct(cost):
+                self.cost[self._starts[cost.a] : self._starts[cost.a] + len(cost.table)] += (
+                    cost.table
+                )
             else:
-                self._couple(a, b, table, at)
-                at += table.size
+                self._couple(cost, at)
+                at += cost.table.size
 
-    def _couple(self, a: int, b: int, table: np.ndarray, at: int) -> None:
-        """Pairs (i, j) from `at` on: those with i sum to whether `a` takes i, and so for j."""
-        places = at + np.arange(table.size).reshape(table.shape)
-        self.cost[at : at + table.size] = table.reshape(-1)
-        for part, rows in ((a, places), (b, places.T)):
+    @staticmethod
+    def _direct(cost: Cost) -> bool:
+        """Whether a table's entries are what options of one part cost, whatever else is chosen."""
+        return cost.b is None and cost.unless is None
+
+    def _couple(self, cost: Cost, at: int) -> None:
+        """A variable from `at` on for each entry of a table: those with i sum to whether `a` takes
+        i, and so for `b`; with `unless`, to no more than that, and all to whether it is paid."""
+        places = at + np.arange(cost.table.size).reshape(cost.table.shape)
+        self.cost[at : at + cost.table.size] = cost.table.reshape(-1)
+        sides: list[tuple[int, np.ndarray]] = [(cost.a, places.reshape(len(places), -1))]
+        if cost.b is not None:
+            sides.append((cost.b, places.T))
+        least = 0.0 if cost.unless is None else -1.0
+        for part, rows in sides:
             for i, row in enumerate(rows):
-                self._equal([*((p, 1.0) for p in row), (self._starts[part] + i, -1.0)], 0.0)
+                self._row([*((p, 1.0) for p in row), (self._starts[part] + i, -1.0)], least, 0.0)
+        if cost.unless is not None:
+            paid = (int(self._starts[cost.unless]), -1.0)
+            self._row([*((int(p), 1.0) for p in places.reshape(-1)), paid], 0.0, 0.0)
 
-    def _equal(self, terms: list[tuple[int, float]], right: float) -> None:
-        self._entries += [(len(self._right), place, value) for place, value in terms]
-        self._right.append(right)
+    def _row(self, terms: list[tuple[int, float]], least: float, most: float) -> None:
+        self._entries += [(len(self._least), place, value) for place, value in terms]
+        self._least.append(least)
+        self._most.append(most)
 
     def run(self, objective: np.ndarray, budget: float) -> list[int] | None:
         """The option of each part; `None` where none keeps the budget."""
         rows, columns, values = zip(*self._entries, strict=True)
-        size = (len(self._right), len(self.cost))
-        constraints = [
-            LinearConstraint(coo_matrix((values, (rows, columns)), size), self._right, self._right)
-        ]
+        matrix = coo_matrix((values, (rows, columns)), (len(self._least), len(self.cost)))
+        constraints = [LinearConstraint(matrix, self._least, self._most)]
         if np.isfinite(budget):
             constraints.append(LinearConstraint(self.cost[None], -np.inf, budget))
         whole = np.zeros(len(self.cost))
@@ -133,14 +152,15 @@ class _Program:
         return [int(np.argmax(found.x[start : start + size])) for start, size in parts]
 
 
-def _merged(costs: Sequence[Cost]) -> dict[tuple[int, int | None], np.ndarray]:
+def _merged(costs: Sequence[Cost]) -> list[Cost]:
     """One table for each two parts that cost together, smaller part first."""
-    merged: dict[tuple[int, int | None], np.ndarray] = {}
+    merged: dict[tuple[int, int | None, int | None], np.ndarray] = {}
     for cost in costs:
         a, b, table = cost.a, cost.b, np.asarray(cost.table, dtype=float)
         if b is not None and a == b:
             b, table = None, np.diagonal(table)
         elif b is not None and b < a:
             a, b, table = b, a, table.T
-        merged[a, b] = merged[a, b] + table if (a, b) in merged else table
-    return merged
+        key = (a, b, cost.unless)
+        merged[key] = merged[key] + table if key in merged else table
+    return [Cost(a, b, table, unless) for (a, b, unless), table in merged.items()]

@@ -6,6 +6,7 @@ a narrower student and `prune_to_budget` one that keeps a budget;
 zeros in a training loop of one's own.
 """
 
+from attar.prune.blocks import BlocksRemoved, prune_blocks, residual_blocks, without_blocks
 from attar.prune.budgets import Budget, prune_to_budget
 from attar.prune.channels import Pruned, prune_channels
 from attar.prune.criteria import Call, Criterion, criteria
@@ -17,6 +18,7 @@ from attar.prune.selection import Widths
 from attar.prune.weights import Masked, prune_weights
 
 __all__ = [
+    "BlocksRemoved",
     "Budget",
     "Call",
     "ChannelGraph",
@@ -31,8 +33,11 @@ __all__ = [
     "channel_graph",
     "criteria",
     "cubic",
+    "prune_blocks",
     "prune_by_plan",
     "prune_channels",
     "prune_to_budget",
     "prune_weights",
+    "residual_blocks",
+    "without_blocks",
 ]

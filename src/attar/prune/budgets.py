@@ -1,11 +1,11 @@
 """Pruning to a budget: which widths are worth having, for the least that is lost.
 
 Layers that share channels are one part of the network; its options are shares of its channels, the
-least important first. A solver takes the options that lose least while the network costs no more
-than the budget, by a model of what each layer costs at each width: multiply-accumulates,
-parameters, or times measured in the runtime. What the model leaves out (norms, additions, reading
-the input) is found by measuring the network that came of it, and the choice is made anew until that
-keeps the budget.
+least important first. A residual block is a part that stays or goes. A solver takes the options
+that lose least while the network costs no more than the budget, by a model of what each layer costs
+at each width: multiply-accumulates, parameters, or times measured in the runtime. What the model
+leaves out (norms, additions, reading the input) is found by measuring the network that came of it,
+and the choice is made anew until that keeps the budget.
 
 Sources: Shen et al. 2022, "Structural Pruning via Latency-Saliency Knapsack" (HALP: importance
 against measured latencies); Humble et al. 2022, "Soft Masking for Cost-Constrained Channel
@@ -14,10 +14,9 @@ Pruning".
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -26,11 +25,12 @@ from torch import nn
 from attar.errors import UsageError
 from attar.planning.layers import shapes_of
 from attar.planning.solver import Cost, OverBudget, cost_of, solve
+from attar.prune.blocks import residual_blocks, unexcluded, within, without_blocks
 from attar.prune.channels import Prunable, Pruned
 from attar.prune.costs import Options, Prices, costs, layers, tensors
 from attar.prune.criteria.base import Calls, Criterion, observe
-from attar.prune.plan import Part, Plan
-from attar.prune.removal import removal_of
+from attar.prune.losses import Losses
+from attar.prune.plan import Block, Part, Plan
 from attar.prune.selection import Selection, Widths, atom_scores, select_channels
 from attar.student import Student
 
@@ -68,12 +68,14 @@ def prune_to_budget(
     exclude: Sequence[str] = (),
     calls: Calls | None = None,
     lost: Callable[[nn.Module], float] | None = None,
+    depth: bool = True,
 ) -> tuple[Student, Pruned, Plan]:
     """A student that keeps a budget, and the plan that made it.
 
     criterion: which channels of a part go first, and, where `lost` is not given, how much a part
     loses with them: the sum of their scores over the layers that make them. lost: measures it
-    instead, for a network without them, before any recovery: the more, the worse. Others as of
+    instead, for a network without them, before any recovery: the more, the worse. depth: whether
+    whole residual blocks may go too, where `lost` tells what each is worth. Others as of
     `prune_channels`. Raises `UsageError` for a budget below what the narrowest network costs.
 
     Example:
@@ -94,14 +96,18 @@ def prune_to_budget(
         raise UsageError(
             f"{budget.unit}: {budget.limit:g} asks for no pruning: the network takes {whole:.4g}"
         )
-    planner = _Planner(network, example, budget, criterion, widths or Widths(round_to=1), lost)
+    blocks = _blocks(network, example, exclude) if depth and lost is not None else {}
+    planner = _Planner(
+        network, example, budget, criterion, widths or Widths(round_to=1), lost, blocks
+    )
     best: tuple[Student, Pruned, Plan] | None = None
     known = ((0.0, 0.0), (planner.whole, whole))  # by the model, and measured
     for _ in range(ATTEMPTS):
-        pruned = network.prune(partial(planner.select, _between(*known, budget.limit)))
-        cost = budget.measure(pruned[0])
+        narrow, said = network.prune(partial(planner.select, _between(*known, budget.limit)))
+        small = without_blocks(narrow, planner.gone)
+        cost = budget.measure(small)
         if cost <= budget.limit and (best is None or cost > best[2].after):
-            best = (*pruned, planner.plan(whole, cost))
+            best = (small, said.without(planner.gone), planner.plan(whole, cost))
         if CLOSE * budget.limit <= cost <= budget.limit or planner.least:
             break
         known = ((planner.whole, whole), (planner.modelled, cost))
@@ -116,6 +122,11 @@ def prune_to_budget(
             f"took {cost:.4g}: a little more would do, or a quieter machine"
         )
     return best
+
+
+def _blocks(network: Prunable, example: tuple[Any, ...], exclude: Sequence[str]) -> dict[str, bool]:
+    found = residual_blocks(network.module, example, network.graph.program)
+    return unexcluded(found, [place.layer for place in network.graph.producers], exclude)
 
 
 def _between(one: tuple[float, float], other: tuple[float, float], wanted: float) -> float:
@@ -136,24 +147,29 @@ class _Planner:
         criterion: Criterion,
         widths: Widths,
         lost: Callable[[nn.Module], float] | None,
+        blocks: dict[str, bool],
     ) -> None:
         self._network, self._graph, self._budget = network, network.graph, budget
-        self._criterion, self._widths, self._lost = criterion, widths, lost
+        self._criterion, self._widths, self._blocks = criterion, widths, blocks
         self._scores = atom_scores(network.module, network.graph, criterion)
+        self._losses = Losses(network.module, network.graph, self._scores, lost)
+        self.gone: dict[str, bool] = {}
         if budget.price is None:
             self._pieces = tensors(self._graph, network.module)
         else:
             self._pieces = layers(self._graph, shapes_of(network.module, budget.example or example))
-        self._known: dict[bytes, float] = {}
         self._chosen: list[tuple[np.ndarray, float, float]] = []
+        self._dropped: list[Block] = []
         self.modelled, self.least = 0.0, False
-        self.whole = self._costs([])[1]
+        terms, fixed = self._costs([])
+        self.whole = fixed + cost_of([0] * len(blocks), terms)
 
     def select(self, target: float) -> Selection:
         """The choice that loses least at no more than `target`, by the model of costs; where there
         is none, the cheapest."""
         parts = self._parts()
-        losses = [np.array([self._loss(gone) for gone in options]) for options in parts]
+        losses = [self._losses.of_part(options) for options in parts]
+        losses += [self._losses.of_block(path, wrapped) for path, wrapped in self._blocks.items()]
         terms, fixed = self._costs(parts)
         self.least = False
         try:
@@ -161,12 +177,17 @@ class _Planner:
         except OverBudget as error:
             chosen, self.least = error.chosen, True
         self.modelled = fixed + cost_of(chosen, terms)
-        self._chosen = [
-            (options[i], loss[i], _saved(terms, n, i, len(parts)) / self.whole)
-            for n, (options, loss, i) in enumerate(zip(parts, losses, chosen, strict=True))
+        lost = [float(loss[i]) for loss, i in zip(losses, chosen, strict=True)]
+        saves = [_saved(terms, n, i, len(chosen)) / self.whole for n, i in enumerate(chosen)]
+        atoms = [options[i] for options, i in zip(parts, chosen, strict=False)]
+        self._chosen = list(zip(atoms, lost, saves, strict=False))
+        self._dropped = [
+            Block(path, lost[n], saves[n])
+            for n, path in enumerate(self._blocks, start=len(parts))
+            if chosen[n]
         ]
-        gone = [np.empty(0, np.int64), *(gone for gone, *_ in self._chosen)]
-        return Selection(np.unique(np.concatenate(gone)))
+        self.gone = {block.path: self._blocks[block.path] for block in self._dropped}
+        return Selection(np.unique(np.concatenate([np.empty(0, np.int64), *atoms])))
 
     def _parts(self) -> list[Options]:
         """By part, the atoms that each option removes; the first removes none."""
@@ -184,50 +205,29 @@ class _Planner:
         return [options for options in parts if len(options) > 1]
 
     def _costs(self, parts: list[Options]) -> tuple[list[Cost], float]:
-        return costs(self._pieces, parts, self._budget.price or _themselves)
-
-    def _loss(self, gone: np.ndarray) -> float:
-        key = gone.tobytes()
-        if key not in self._known:
-            self._known[key] = self._summed(gone) if self._lost is None else self._measured(gone)
-        return self._known[key]
-
-    def _summed(self, gone: np.ndarray) -> float:
-        made = [p.atoms for p in self._graph.producers]
-        return float(sum(self._scores[atoms[np.isin(atoms, gone)]].sum() for atoms in made))
-
-    def _measured(self, gone: np.ndarray) -> float:
-        """How much worse the network is without these, by `lost`; never better."""
-        assert self._lost is not None
-        narrow = copy.deepcopy(self._network.module)
-        removal_of(self._graph, gone).replay(narrow)
-        return max(self._lost(narrow) - self._lost_whole, 0.0)
-
-    @cached_property
-    def _lost_whole(self) -> float:
-        assert self._lost is not None
-        return self._lost(self._network.module)
+        switches = {path: n for n, path in enumerate(self._blocks, start=len(parts))}
+        return costs(self._pieces, parts, self._budget.price or _themselves, switches)
 
     def plan(self, before: float, after: float) -> Plan:
         """What the last choice was, for people and to be replayed."""
         parts = [self._part(*chosen) for chosen in self._chosen if chosen[0].size]
-        summed = "scores of the channels that go, summed over the layers that make them"
         return Plan(
             self._budget.unit,
             self._budget.limit,
             before,
             after,
             type(self._criterion).__name__,
-            summed if self._lost is None else "how much worse validation gets, one part at a time",
-            parts,
+            self._losses.meaning,
+            [part for part in parts if part.layers],
             self._graph.kept_whole(),
+            self._dropped,
         )
 
     def _part(self, gone: np.ndarray, lost: float, saves: float) -> Part:
         removed, widths = {}, {}
         for place in self._graph.producers:
             channels = np.flatnonzero(np.isin(place.atoms, gone))
-            if channels.size:
+            if channels.size and not within(place.layer, self.gone):
                 removed[place.layer] = channels.tolist()
                 widths[place.layer] = (len(place.atoms), len(place.atoms) - len(channels))
         return Part(list(removed), widths, removed, float(lost), float(saves))

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from torch import nn
 
 from attar.errors import UsageError
+from attar.prune.blocks import within
 from attar.prune.criteria.base import Calls, Criterion, observe, require_calls
 from attar.prune.groups import ChannelGraph, channel_graph, first_of_batch
 from attar.prune.heads import HeadsFreed, freed_within, with_free_heads
-from attar.prune.naming import matching
+from attar.prune.naming import joined, matching
 from attar.prune.removal import (
     ChannelsRemoved,
     RemovalFailed,
@@ -35,17 +36,27 @@ class Pruned:
 
     widths: channels before and after, by layer. kept: layers that could not be narrowed, and why.
     floored: layers whose floor kept more than was asked. undone: removals whose check failed.
+    blocks: residual blocks that went whole; their layers have no widths.
     """
 
     widths: dict[str, tuple[int, int]]
     kept: dict[str, str]
     floored: list[str]
     undone: dict[str, str]
+    blocks: list[str] = field(default_factory=list)
+
+    def without(self, blocks: Iterable[str]) -> Pruned:
+        """What it is where these residual blocks went too."""
+        blocks = list(blocks)
+        widths = {layer: w for layer, w in self.widths.items() if not within(layer, blocks)}
+        return replace(self, widths=widths, blocks=[*self.blocks, *blocks])
 
     def notes(self) -> list[str]:
         """What a person should hear, in sentences."""
         said = []
-        if not any(after < before for before, after in self.widths.values()):
+        if self.blocks:
+            said.append(f"the residual blocks {joined(self.blocks)} are gone")
+        elif not any(after < before for before, after in self.widths.values()):
             said.append("no channel could be removed")
         held = [n for n, why in self.kept.items() if why != OUTPUT and n not in self.undone]
         if held:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import nn
 
 from attar.planning.layers import Shape
 from attar.planning.solver import Cost
+from attar.prune.blocks import within
 from attar.prune.groups import ChannelGraph, Place
 
 Options = Sequence[np.ndarray]
@@ -23,9 +25,10 @@ Prices = Callable[[Iterable[Any]], Mapping[Any, float]]
 class Piece:
     """A layer, or a tensor, whose cost depends on how many channels are left at a few places.
 
-    at: what to ask a price for, by the channels left at each place, in order.
+    path: of the layer or tensor. at: what to ask a price for, by the channels left at each place.
     """
 
+    path: str
     places: tuple[Place, ...]
     at: Callable[[tuple[int, ...]], Any]
 
@@ -50,7 +53,7 @@ def _layer(graph: ChannelGraph, path: str, shape: Shape) -> Piece:
         outputs = counts.get(0, shape.outputs)
         return replace(shape, inputs=each * groups, outputs=outputs, groups=groups)
 
-    return Piece(places, at)
+    return Piece(path, places, at)
 
 
 def tensors(graph: ChannelGraph, module: nn.Module) -> list[Piece]:
@@ -63,28 +66,42 @@ def _tensor(graph: ChannelGraph, path: str, size: tuple[int, ...]) -> Piece:
     places = tuple(p for p in graph.places if p.path == path and isinstance(p.at, int))
     counted = {int(p.at) for p in places}
     rest = int(np.prod([n for d, n in enumerate(size) if d not in counted], dtype=np.int64))
-    return Piece(places, lambda left: rest * int(np.prod(left, dtype=np.int64)))
+    return Piece(path, places, lambda left: rest * int(np.prod(left, dtype=np.int64)))
 
 
 def costs(
-    pieces: Sequence[Piece], parts: Sequence[Options], prices: Prices
+    pieces: Sequence[Piece],
+    parts: Sequence[Options],
+    prices: Prices,
+    switches: Mapping[str, int] = MappingProxyType({}),
 ) -> tuple[list[Cost], float]:
     """The solver's costs, and what is paid whatever is chosen.
+
+    switches: by block that can be taken out, the solver's part whose second option does that; what
+    is within it costs nothing then.
 
     A piece that hangs on one or two parts is priced at every pair of their options. One that hangs
     on more (a layer that reads a concatenation) is priced at the pairs with the part that it makes,
     as if what each other part saves added up.
     """
-    asked = [a for piece in pieces for a in _asked(piece, parts)]
-    found = prices(dict.fromkeys(key for a in asked for key in a.keys.reshape(-1)))
+    asked = [(_switch(piece, switches), a) for piece in pieces for a in _asked(piece, parts)]
+    found = prices(dict.fromkeys(key for _, a in asked for key in a.keys.reshape(-1)))
     terms, fixed = [], 0.0
-    for a in asked:
+    for switch, a in asked:
         table = a.times * np.vectorize(found.__getitem__, otypes=[float])(a.keys)
         if a.parts:
-            terms.append(Cost(a.parts[0], a.parts[1] if len(a.parts) > 1 else None, table))
+            b = a.parts[1] if len(a.parts) > 1 else None
+            terms.append(Cost(a.parts[0], b, table, switch))
+        elif switch is not None:
+            terms.append(Cost(switch, None, np.array([float(table), 0.0])))
         else:
             fixed += float(table)
     return terms, fixed
+
+
+def _switch(piece: Piece, switches: Mapping[str, int]) -> int | None:
+    """The part that takes a piece out."""
+    return next((n for path, n in switches.items() if within(piece.path, [path])), None)
 
 
 @dataclass(frozen=True)

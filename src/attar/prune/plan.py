@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 
 from attar.errors import UsageError
+from attar.prune.blocks import residual_blocks, without_blocks
 from attar.prune.channels import Prunable, Pruned
 from attar.prune.groups import ChannelGraph
 from attar.prune.selection import Selection
+from attar.registry import near
 from attar.student import Student
 
 SCHEMA = 1
@@ -38,11 +40,21 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Block:
+    """A residual block that goes whole. lost, saves: as of `Part`."""
+
+    path: str
+    lost: float
+    saves: float
+
+
+@dataclass(frozen=True)
 class Plan:
-    """A choice of channels to remove, for a budget.
+    """A choice of channels and blocks to remove, for a budget.
 
     unit, limit: the budget. before, after: what the network costs, measured. criterion: by which
     channels were ranked. losses: what `lost` counts. kept: layers that can't be narrowed, and why.
+    blocks: residual blocks that go; none of the parts' layers is within one.
     """
 
     unit: str
@@ -53,6 +65,7 @@ class Plan:
     losses: str
     parts: list[Part]
     kept: dict[str, str] = field(default_factory=dict)
+    blocks: list[Block] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """As `plan.json` has it."""
@@ -92,6 +105,10 @@ class Plan:
             losses=str(record["losses"]),
             parts=parts,
             kept={str(k): str(v) for k, v in record["kept"].items()},
+            blocks=[
+                Block(str(b["path"]), float(b["lost"]), float(b["saves"]))
+                for b in record.get("blocks", [])
+            ],
         )
 
     def selection(self, graph: ChannelGraph) -> Selection:
@@ -135,7 +152,7 @@ def readable(record: Mapping[str, Any]) -> str:
 def prune_by_plan(
     student: Student, example: tuple[Any, ...], plan: Plan, exclude: Sequence[str] = ()
 ) -> tuple[Student, Pruned]:
-    """A student without the channels that a plan names, proven as every removal is.
+    """A student without the channels and blocks that a plan names, proven as every removal is.
 
     A channel takes along what is tied to it, whether or not the plan names that too. Raises
     `UsageError` for a plan of another network.
@@ -151,4 +168,18 @@ def prune_by_plan(
         6
     """
     network = Prunable(student, example, exclude)
-    return network.prune(lambda: plan.selection(network.graph))
+    blocks = {}
+    if plan.blocks:
+        found = residual_blocks(network.module, example, network.graph.program)
+        blocks = {b.path: _known(b.path, found) for b in plan.blocks}
+    narrow, said = network.prune(lambda: plan.selection(network.graph))
+    return without_blocks(narrow, blocks), said.without(blocks)
+
+
+def _known(path: str, blocks: Mapping[str, bool]) -> bool:
+    if path not in blocks:
+        raise UsageError(
+            f"the plan takes out {path}, which is no residual block of the network"
+            f"{near(path, list(blocks))}"
+        )
+    return blocks[path]

@@ -278,11 +278,7 @@ class Trace:
 
     def module_path(self, node: Node) -> str:
         """The path of the innermost module that a node was written in."""
-        return self._module_paths(node)[-1]
-
-    def _module_paths(self, node: Node) -> list[str]:
-        stack = (node.meta.get("nn_module_stack") or {}).values()
-        return [path.split("@")[0] for path, _ in stack] or [""]
+        return paths_of(node)[-1]
 
     def owner(self, weight: Weight) -> str:
         """The path of the module that holds a weight."""
@@ -318,7 +314,7 @@ class Trace:
     def _note_inputs(self, node: Node) -> None:
         """Keeps the first activation that each module reads."""
         given = [x for n in node.all_input_nodes for x in _tensors(self._values[n])]
-        for path in self._module_paths(node) if given else ():
+        for path in paths_of(node) if given else ():
             self._inputs.setdefault(path, given[0])
 
     def _settled(self, node: Node, result: Any) -> Any:
@@ -530,6 +526,12 @@ def _caching_nothing(module: nn.Module) -> Iterator[None]:
     finally:
         if before is not None:
             config.use_cache = before
+
+
+def paths_of(node: Node) -> list[str]:
+    """The paths of the modules that a node was written in, outermost first."""
+    stack = (node.meta.get("nn_module_stack") or {}).values()
+    return [path.split("@")[0] for path, _ in stack] or [""]
 
 
 def where_failed(error: Exception) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -113,6 +113,12 @@ class Masked(Edit):
             for path, mask in self.masks.items()
         }
         return Masked(masks, fitting(masks, self.patterns))
+
+    def outside(self, blocks: Iterable[str]) -> Masked:
+        """The masks of a network that lost these modules."""
+        gone = tuple(f"{path}." for path in blocks)
+        masks = {path: mask for path, mask in self.masks.items() if not path.startswith(gone)}
+        return Masked(masks, {p: pattern for p, pattern in self.patterns.items() if p in masks})
 
     def _pairs(self, module: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
         pairs = []

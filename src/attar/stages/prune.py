@@ -13,13 +13,23 @@ from torch import Tensor, nn
 
 from attar.data.base import Batch, Data
 from attar.errors import UsageError
-from attar.prune import Masked, Pruned, Widths, criteria, cubic, prune_channels, prune_weights
+from attar.prune import (
+    BlocksRemoved,
+    Masked,
+    Pruned,
+    Widths,
+    criteria,
+    cubic,
+    prune_blocks,
+    prune_channels,
+    prune_weights,
+)
 from attar.prune.criteria import Call, Calls, Criterion
 from attar.prune.naming import joined
 from attar.prune.patterns import NM, Pattern, parsed_block, parsed_pattern
 from attar.prune.weights import left_dense
 from attar.stages.base import Context, Stage, stages
-from attar.stages.prune_budget import Budgets, Planner
+from attar.stages.prune_budget import Budgets, Planner, moved
 from attar.student import Student
 from attar.tasks.base import Task
 from attar.training.config import Training
@@ -44,12 +54,12 @@ class Cubic(BaseModel):
 
 @stages.register("prune")
 class Prune(Budgets, Stage):
-    """Removes the least important channels, physically and with all that is tied to them, or sets
-    single weights to zero.
+    """Removes the least important channels, physically and with all that is tied to them, or whole
+    residual blocks, or sets single weights to zero.
 
-    Channels make the model smaller and faster on any machine; every removal is proven to answer as
-    the network with those channels masked. Single weights stay as zeros, kept zero by every later
-    stage: they compress, but on most machines they don't run faster.
+    Channels and blocks make the model smaller and faster on any machine; every removal of channels
+    is proven to answer as the network with those channels masked. Single weights stay as zeros,
+    kept zero by every later stage: they compress, but on most machines they don't run faster.
     """
 
     name: ClassVar[str] = "prune"
@@ -59,9 +69,10 @@ class Prune(Budgets, Stage):
     }
     searched: ClassVar[tuple[str, ...]] = ("ratio",)
 
-    granularity: Literal["channel", "weight"] = "channel"
+    granularity: Literal["channel", "block", "weight"] = "channel"
     criterion: str = "magnitude"
-    """What is important, by name: `magnitude` (L1), `taylor`, … (docs/recipes.md has them all)."""
+    """What is important, by name: `magnitude` (L1), `taylor`, … (docs/recipes.md has them all).
+    Blocks go by how little answers move without them."""
     ratio: Ratio | Literal["auto"] | None = None
     """The share to remove; `auto`: the largest that keeps the budget's `max_drop` on validation."""
     threshold: float | None = Field(None, gt=0)
@@ -161,7 +172,9 @@ class Prune(Budgets, Stage):
                 "parameters, size or latency_ms"
             )
         kind = criteria.get(self.criterion)
-        if self.granularity not in kind.granularities:
+        if self.granularity == "block":
+            self._of_blocks()
+        elif self.granularity not in kind.granularities:
             raise ValueError(
                 f"criterion: {self.criterion} scores {' and '.join(kind.granularities)}s, "
                 f"not single {self.granularity}s"
@@ -170,18 +183,28 @@ class Prune(Budgets, Stage):
             raise ValueError("a gradual schedule needs a ratio, and recover to train between steps")
         return self
 
+    def _of_blocks(self) -> None:
+        if self.criterion != "magnitude" or self.threshold is not None or self.scope == "global":
+            raise ValueError(
+                "granularity: block takes blocks out by how little answers move without them: "
+                "leave criterion, threshold and scope"
+            )
+
     def apply(self, student: Student, run: Context) -> Student:
         ratio = self._largest(student, run) if self.ratio == "auto" else self.ratio
         if self.ratio == "auto" and ratio is None:
             run.tell(_note(f"even {CANDIDATES[0]:.0%} drops too much; nothing is pruned"))
             return student
-        run.found.update(granularity=self.granularity, criterion=self.criterion)
+        run.found["granularity"] = self.granularity
+        if self.granularity != "block":
+            run.found["criterion"] = self.criterion
         if ratio is not None:
             run.found["ratio"] = ratio
+        start = student
         original: dict[str, int] = {}
         patterns = _patterns(student)
         for step, (share, training) in enumerate(rounds := self._rounds(ratio), start=1):
-            student, said = self._once(student, run, share, original)
+            student, said = self._once(student, run, share, start, original)
             if said is not None:
                 original = original or {layer: before for layer, (before, _) in said.widths.items()}
                 self._report(run, said, original, first=step == 1)
@@ -208,9 +231,14 @@ class Prune(Budgets, Stage):
         student: Student,
         run: Context,
         ratio: float | None,
+        start: Student,
         original: dict[str, int] | None = None,
     ) -> tuple[Student, Pruned | None]:
-        """One removal; what it did to channels, where it was channels."""
+        """One removal, where the stage began with `start`; what it did to channels, where it was
+        channels."""
+        if self.granularity == "block":
+            assert ratio is not None
+            return self._shallower(student, run, ratio, start), None
         criterion = criteria.get(self.criterion)()
         criterion.seed = run.seed
         device = device_of(student.module)
@@ -245,11 +273,27 @@ class Prune(Budgets, Stage):
             calls=calls,
         )
 
+    def _shallower(self, student: Student, run: Context, ratio: float, start: Student) -> Student:
+        example = _example(run, device_of(student.module))
+        before = _blocks_gone(student)[len(_blocks_gone(start)) :]
+        shallow, gone = prune_blocks(
+            student,
+            example,
+            ratio=ratio,
+            lost=moved(run, student),
+            exclude=self.exclude,
+            before=len(before),
+        )
+        run.found["blocks"] = [*before, *gone]
+        said = joined(gone) if gone else "none"
+        run.tell(_note(f"blocks taken out, the least missed first: {said}"))
+        return shallow
+
     def _largest(self, student: Student, run: Context) -> float | None:
         from attar.tuning.auto import search
 
         def attempt(ratio: float) -> nn.Module:
-            trial, _ = self._once(student, run, ratio)
+            trial, _ = self._once(student, run, ratio, student)
             if self.recover:
                 short = self.recover.model_copy(update={"epochs": max(1, self.recover.epochs // 3)})
                 trial = run.at(f"ratio-{ratio:g}").train(
@@ -267,6 +311,8 @@ class Prune(Budgets, Stage):
             for layer, (_, after) in said.widths.items()
         }
         run.found["kept_whole"] = said.kept
+        if said.blocks:
+            run.found["blocks"] = said.blocks
         if said.undone:
             run.found["undone"] = said.undone
         for message in said.notes() if first else ():
@@ -305,6 +351,11 @@ def calls_of(
 
 def _example(run: Context, device: Any) -> tuple[Tensor, ...]:
     return tuple(x.to(device) for x in run.task.example(run.data))
+
+
+def _blocks_gone(student: Student) -> list[str]:
+    """The residual blocks that the student lost, in order."""
+    return [path for e in student.edits if isinstance(e, BlocksRemoved) for path in e.wrapped]
 
 
 def _weights(student: Student) -> dict[str, dict[str, Any]]:

@@ -9,9 +9,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
+import torch
 from pydantic import BaseModel, BeforeValidator
 from torch import Tensor, nn
 
+from attar.distill.divergence import divergence
 from attar.measure.cost import macs, parameters
 from attar.planning.layers import LayerTimes, Shape
 from attar.prune import Pruned, Widths
@@ -63,8 +65,11 @@ class Budgets(BaseModel):
     """Bytes of the exported float file (`200KB`), or a share."""
     latency_ms: Amount | None = None
     """Milliseconds of one answer of the exported float file in the deploy runtime, or a share."""
-    sensitivity: bool = False
-    """Whether what each part loses is measured on validation; else its scores are summed."""
+    sensitivity: bool = True
+    """Whether what each part of the network loses is measured on validation; else its channels'
+    scores are summed, and whole blocks stay."""
+    depth: bool = True
+    """Whether whole residual blocks may go, where that costs least."""
     plan: Path | None = None
     """A `plan.json` of an earlier run, as it was or edited, instead of a budget or a ratio."""
 
@@ -102,7 +107,8 @@ class Planner:
                 widths=self._widths,
                 exclude=self._exclude,
                 calls=calls,
-                lost=self._lost if self._settings.sensitivity else None,
+                lost=moved(self._run, student) if self._settings.sensitivity else None,
+                depth=self._settings.depth,
             )
             self._tell(f"{plan.unit} {plan.before:.4g} → {plan.after:.4g}, of {plan.limit:.4g}")
         amounts = {"before": plan.before, "limit": plan.limit, "after": plan.after}
@@ -152,18 +158,6 @@ class Planner:
             self._run.threads,
         )
 
-    def _lost(self, module: nn.Module) -> float:
-        """The loss on a part of the validation split."""
-        task, device, total, count = self._run.task, device_of(module), 0.0, 0
-        batches = self._run.data.validation.batches(128, shuffle=True, seed=self._run.seed)
-        with evaluating(module):
-            for batch in islice(batches, SEEN // 128):
-                arguments, keywords = task.arguments(batch := to_device(batch, device))
-                examples = len(arguments[0])
-                total += float(task.loss(module(*arguments, **keywords), batch)) * examples
-                count += examples
-        return total / max(count, 1)
-
     def _measuring(self, layers: int) -> None:
         self._tell(f"times {layers} layers in {self._run.runtime}, once on this machine")
 
@@ -178,3 +172,21 @@ def _on(example: tuple[Tensor, ...], student: Student) -> tuple[Tensor, ...]:
 
 def _macs_of(shapes: Iterable[Shape]) -> dict[Shape, float]:
     return {shape: float(shape.macs) for shape in shapes}
+
+
+def moved(run: Context, student: Student) -> Callable[[nn.Module], float]:
+    """How far a network's answers are from the student's on a part of the validation split: the
+    mean divergence of one's probabilities from the other's, in nats."""
+    task, device, split = run.task, device_of(student.module), run.data.validation
+    batches = [
+        task.arguments(to_device(batch, device))
+        for batch in islice(split.batches(128, shuffle=True, seed=run.seed), SEEN // 128)
+    ]
+
+    def answers(module: nn.Module) -> Tensor:
+        with evaluating(module):
+            given = [task.logits(module(*args, **kwargs)) for args, kwargs in batches]
+        return torch.cat(given).float().log_softmax(-1)
+
+    whole = answers(student.module)
+    return lambda module: float(divergence(whole, answers(module)))
