@@ -1,13 +1,13 @@
-"""At the same measured latency, whose choice of channels is the best?
+"""At the same measured latency, whose choice of what to remove is the best?
 
     python benchmarks/prune_latency.py
 
-The shared ResNet-56 loses channels until it answers in a share of its time: ONNX Runtime, one
-thread, one image at a time, float (`prune_latency.yaml`). Then all recover alike, for the same few
-epochs from the same images. What differs is which channels go:
+The shared ResNet-56 is made smaller until it answers in a share of its time: ONNX Runtime, one
+thread, one image at a time, float (`prune_latency.yaml`). Then all recover alike, for the same two
+epochs over the same images, and are quantized to int8 after that. What differs is what goes:
 
-- `plan`: `prune: {latency_ms: …}`, a solver over layers' measured times;
-- `uniform`: the same share of every layer, by the L2 norm;
+- `plan`: `prune: {latency_ms: …}`, a solver over layers' measured times: channels and blocks;
+- `uniform`: the same share of every layer's channels, by the L2 norm;
 - `group-norm`: wherever a group's norm, divided by the mean of its layer, is smallest over the
   whole network. That is what Torch-Pruning's group-norm importance ranks by; removed by Attar, as
   Torch-Pruning takes wrong channels of padded shortcuts.
@@ -20,12 +20,14 @@ are each timed beside the original's. Finished trainings are lines of
 of the test images that chooses nothing, mean over the shares, in points, paired; `half_…` is half
 the 95 % interval. `latency_gain_at_equal_accuracy` is how many times longer the uniform network
 takes that is as accurate as the plan's, between two that were measured; the smallest over the
-shares where there is one. `--quick` does all of it to an untrained ResNet-8, to see that it runs.
+shares where there is one. `int8_…` says the same of the quantized networks, at the latency that
+each has then. `--quick` does all of it to an untrained ResNet-8, to see that it runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,8 @@ from attar.prune import Widths, criteria, prune_channels
 from attar.recipe import Recipe, load_recipe
 from attar.runtimes.base import runtimes
 from attar.runtimes.target import Target
+from attar.stages.base import Context
+from attar.stages.quantize import Quantize
 from attar.student import Student
 
 RECIPE = Path(__file__).with_suffix(".yaml")
@@ -47,13 +51,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "uniform": {"scope": "local"},
     "group-norm": {"scope": "global"},
 }
-SHARES = (75, 60, 50)
+SHARES = (60, 45)
+FURTHER = (90, 75)
+"""Shares that only uniform pruning is tried at too, to see how much time it needs to do as well."""
 QUICK = [
     "data.subset.count=256",
     "stages.prune.recover.epochs=1",
     "teacher={model: cifar-resnet8, train: {epochs: 1}}",
 ]
-HALVINGS, HALVINGS_QUICK = 6, 2
+HALVINGS, HALVINGS_QUICK = 6, 1
 
 Line = dict[str, Any]
 
@@ -62,13 +68,18 @@ def main() -> None:
     arguments = options(__doc__ or "").parse_args()
     overrides = QUICK if arguments.quick else []
     shares = SHARES[:1] if arguments.quick else SHARES
-    found: dict[tuple[str, int, int], Line] = {}
+    found: Found = {}
     for seed in range(arguments.seeds):
         recipe = load_recipe(str(RECIPE), [*overrides, f"seed={seed}"])
-        for share in shares:
-            for method in METHODS:
-                found[method, share, seed] = line(recipe, method, share, overrides, arguments)
+        for method, share in tried(shares, arguments.quick):
+            found[method, share, seed] = line(recipe, method, share, overrides, arguments)
     report(found, shares, arguments)
+
+
+def tried(shares: tuple[int, ...], quick: bool) -> list[tuple[str, int]]:
+    """The methods, each with a share of the latency."""
+    further = () if quick else FURTHER
+    return [(m, s) for s in shares for m in METHODS] + [("uniform", s) for s in further]
 
 
 def line(
@@ -90,11 +101,40 @@ def line(
             job, original, target, whole * share / 100, changes, steps
         )
 
-    def latency(student: Student) -> Line:
-        return {"latency_ms": target.latency_ms(student), "original_ms": whole}
+    def measured(student: Student) -> Line:
+        return {
+            "latency_ms": target.latency_ms(student),
+            "original_ms": whole,
+            "int8": in_int8(job, original, student),
+        }
 
     keep = not arguments.quick
-    return LOG.trained(recipe, label, setting, keep=keep, also=latency, **changes)
+    return LOG.trained(recipe, label, setting, keep=keep, also=measured, **changes)
+
+
+def in_int8(job: Job, original: Student, student: Student) -> Line:
+    """What the quantized networks take, and which test images the smaller one gets right."""
+    target = target_of(job)
+    work = Path("runs") / "benchmarks" / job.name / "int8"
+    run = Context(job.task, job.data, None, job.seed, work, runtime=job.deploy.runtime)
+    before, after = (Quantize(fallback="off").apply(one.copy(), run) for one in (original, student))
+    whole, latency = target.latency_ms(before), target.latency_ms(after)
+    with tempfile.TemporaryDirectory() as folder:
+        target.export(after, Path(folder))
+        session = target.runtime.session(Path(folder), threads=1)
+        statistics = [
+            job.task.statistics(
+                session(*(x.numpy() for x in job.task.arguments(batch)[0]))[0], batch
+            )
+            for batch in job.data.test.batches(250)
+        ]
+    hits = job.task.hits(np.concatenate(statistics)).astype(bool)
+    return {
+        "latency_ms": latency,
+        "original_ms": whole,
+        "test": float(hits.mean()),
+        "hits": np.packbits(hits).tobytes().hex(),
+    }
 
 
 def target_of(job: Job) -> Target:
@@ -136,61 +176,64 @@ def smallest_ratio(
 
 # --- reporting ------------------------------------------------------------------------------------
 
+Found = dict[tuple[str, int, int], Line]
 
-def report(
-    found: dict[tuple[str, int, int], Line], shares: tuple[int, ...], arguments: argparse.Namespace
-) -> None:
-    rows = []
-    for share in shares:
-        for method in METHODS:
-            lines = [found[method, share, seed] for seed in range(arguments.seeds)]
-            took = np.mean([x["latency_ms"] / x["original_ms"] for x in lines])
-            rows.append(
-                [
-                    f"{method}, {share} %",
-                    f"{np.mean([x['latency_ms'] for x in lines]):.3f}",
-                    f"{took:.1%}",
-                    *(
-                        f"{100 * np.mean([x[k] for x in lines]):.2f}"
-                        for k in ("validation", "test")
-                    ),
-                ]
-            )
-    columns = ["channels", "ms", "of the original", "validation, %", "test, %"]
+
+def report(found: Found, shares: tuple[int, ...], arguments: argparse.Namespace) -> None:
     network = "untrained ResNet-8" if arguments.quick else "ResNet-56"
+    columns = ["removed by", "ms", "of the original", "test, %", "int8: ms", "of float", "test, %"]
+    rows = [row(found, *case, arguments.seeds) for case in tried(shares, arguments.quick)]
     show(f"{network} at the same latency, CIFAR-10", columns, rows)
-    figures = {}
-    for other, name in (("uniform", "uniform"), ("group-norm", "group_norm")):
-        compared = gain(by_share(found, "plan"), by_share(found, other))
-        figures[f"points_over_{name}"] = round(float(compared["gain"]), 2)
-        figures[f"half_{name}"] = round(float(compared["half"]), 2)
-    gains = [latency_gain(found, share, shares, arguments.seeds) for share in shares]
-    known = [x for x in gains if x is not None]
-    goals = {}
-    if known:
-        figures["latency_gain_at_equal_accuracy"] = round(min(known), 3)
-        goals = {"latency_gain_at_equal_accuracy": (">=", 1.3)}
+    figures: dict[str, float] = {}
+    for name, lines in (("", found), ("int8_", {k: v["int8"] for k, v in found.items()})):
+        figures |= {f"{name}{k}": v for k, v in compared(lines, shares, arguments.seeds).items()}
+    goals = {k: (">=", 1.3) for k in figures if k.endswith("latency_gain_at_equal_accuracy")}
     conclude("prune_latency", arguments, figures, goals, seeds=arguments.seeds)
 
 
-def by_share(found: dict[tuple[str, int, int], Line], method: str) -> dict[int, np.ndarray]:
+def row(found: Found, method: str, share: int, seeds: int) -> list[str]:
+    lines = [found[method, share, seed] for seed in range(seeds)]
+    int8 = [line["int8"] for line in lines]
+    ms, quantized = (np.mean([x["latency_ms"] for x in one]) for one in (lines, int8))
+    whole = np.mean([x["original_ms"] for x in lines])
+    right_in_float, right_in_int8 = (np.mean([x["test"] for x in one]) for one in (lines, int8))
+    return [
+        f"{method}, {share} %", f"{ms:.3f}", f"{ms / whole:.1%}", f"{100 * right_in_float:.2f}",
+        f"{quantized:.3f}", f"{quantized / whole:.1%}", f"{100 * right_in_int8:.2f}",
+    ]  # fmt: skip
+
+
+def compared(found: Found, shares: tuple[int, ...], seeds: int) -> dict[str, float]:
+    """The plan beside the others, paired; and how much longer uniform pruning takes to be as
+    right."""
+    figures = {}
+    for other, name in (("uniform", "uniform"), ("group-norm", "group_norm")):
+        alike = [by_share(found, method, shares) for method in ("plan", other)]
+        figures[f"points_over_{name}"] = round(float(gain(*alike)["gain"]), 2)
+        figures[f"half_{name}"] = round(float(gain(*alike)["half"]), 2)
+    gains = [latency_gain(found, share, seeds) for share in shares]
+    if known := [x for x in gains if x is not None]:
+        figures["latency_gain_at_equal_accuracy"] = round(min(known), 3)
+    return figures
+
+
+def by_share(found: Found, method: str, shares: tuple[int, ...]) -> dict[int, np.ndarray]:
     """Which test images were right, a row for each share and seed."""
     return {
         1000 * seed + share: right(line)
         for (own, share, seed), line in found.items()
-        if own == method
+        if own == method and share in shares
     }
 
 
-def latency_gain(
-    found: dict[tuple[str, int, int], Line], share: int, shares: tuple[int, ...], seeds: int
-) -> float | None:
+def latency_gain(found: Found, share: int, seeds: int) -> float | None:
     """How many times longer the uniform network takes that is as accurate as the plan's; `None`
     where none between those measured is."""
 
     def mean(method: str, at: int, key: str) -> float:
         return float(np.mean([found[method, at, seed][key] for seed in range(seeds)]))
 
+    shares = {at for method, at, _ in found if method == "uniform"}
     points = sorted(
         (mean("uniform", at, "test"), mean("uniform", at, "latency_ms")) for at in shares
     )

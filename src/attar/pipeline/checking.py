@@ -21,7 +21,7 @@ from attar.models import inherit
 from attar.pipeline.job import Job, job_of, require_answers, require_runtime
 from attar.pipeline.rows import eager_call, inputs_of, reference_outputs, timed_on
 from attar.prune import channel_graph
-from attar.prune.heads import with_free_heads
+from attar.prune.prepared import prepared
 from attar.quantize import Scheme, quantize, quantized_reference
 from attar.recipe import Recipe
 from attar.runtimes import runtimes
@@ -148,7 +148,7 @@ def _exported(
 
 
 def _prunable(student: Student, example: tuple[torch.Tensor, ...]) -> dict[str, Any]:
-    module, _ = with_free_heads(student.module, example)
+    module, _ = prepared(student.module, example)
     graph = channel_graph(module, tuple(x[:1] for x in example))
     channels, of = graph.counts()
     return {"channels": channels, "of": of, "kept_whole": graph.kept_whole()}

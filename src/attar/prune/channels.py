@@ -13,9 +13,10 @@ from torch import nn
 from attar.errors import UsageError
 from attar.prune.blocks import within
 from attar.prune.criteria.base import Calls, Criterion, observe, require_calls
+from attar.prune.folding import WeightsFolded
 from attar.prune.groups import ChannelGraph, channel_graph, first_of_batch
-from attar.prune.heads import HeadsFreed, freed_within, with_free_heads
 from attar.prune.naming import joined, matching
+from attar.prune.prepared import Preparation, prepared
 from attar.prune.removal import (
     ChannelsRemoved,
     RemovalFailed,
@@ -127,7 +128,7 @@ def prune_channels(
 class Prunable:
     """A student's network with what goes together in it, ready to lose channels.
 
-    module: the network, with attention whose heads can go. graph: its atoms. exclude: paths of
+    module: the network as `prepared` has it. graph: its atoms. exclude: paths of
     layers (with `*`) that keep their channels. Raises as `prune_channels`.
     """
 
@@ -135,7 +136,7 @@ class Prunable:
         self, student: Student, example: tuple[Any, ...], exclude: Sequence[str] = ()
     ) -> None:
         self._student, self._example = student, example
-        self.module, self._freed = with_free_heads(student.module, example)
+        self.module, self._prepared = prepared(student.module, example)
         self.graph = channel_graph(self.module, first_of_batch(example))
         _exclude(self.graph, exclude)
 
@@ -153,7 +154,7 @@ class Prunable:
         pruned = Pruned(_widths(self.graph, chosen.atoms), kept, chosen.floored, undone)
         if not removal.removed:
             return self._student.copy(), pruned
-        return _narrowed(self._student, self._freed, removal), pruned
+        return _narrowed(self._student, self._prepared, removal), pruned
 
 
 def choose(
@@ -176,16 +177,20 @@ def choose(
             return chosen, removal, None
 
 
-def _narrowed(student: Student, freed: HeadsFreed, removal: ChannelsRemoved) -> Student:
-    """The student without those channels, its masks too; attention that lost none as it was."""
-    freed = freed_within(freed, removal.removed)
+def _narrowed(
+    student: Student, preparations: Sequence[Preparation], removal: ChannelsRemoved
+) -> Student:
+    """The student without those channels, its masks too; what was prepared and lost none is as it
+    was. A weight that was folded has no masks: those were of what it was computed from."""
+    made = [p for p in (p.within(removal.removed) for p in preparations) if p]
     module = copy.deepcopy(student.module)
-    freed.replay(module)
-    removal.replay(module)
-    edits: list[Edit] = [e.without(removal) if isinstance(e, Masked) else e for e in student.edits]
-    if freed.head_dims:
-        edits.append(freed)
-    return Student(module, student.spec, [*edits, removal])
+    for edit in (*made, removal):
+        edit.replay(module)
+    folded = [path for p in made if isinstance(p, WeightsFolded) for path in p.layers]
+    edits: list[Edit] = [
+        e.outside(folded).without(removal) if isinstance(e, Masked) else e for e in student.edits
+    ]
+    return Student(module, student.spec, [*edits, *made, removal])
 
 
 def _check(

@@ -153,6 +153,20 @@ class HeadsFreed(Edit):
             if isinstance(encoder, nn.TransformerEncoder) and _holds_heads(encoder):
                 encoder.use_nested_tensor = False  # which its fused layers alone can read
 
+    def within(self, paths: Iterable[str]) -> HeadsFreed:
+        """Those of the modules in which one of these parameters lies."""
+        touched = tuple(paths)
+        return HeadsFreed(
+            {
+                path: width
+                for path, width in self.head_dims.items()
+                if any(t.startswith(path + ".") or not path for t in touched)
+            }
+        )
+
+    def __bool__(self) -> bool:
+        return bool(self.head_dims)
+
     def summary(self) -> str:
         return f"heads freed in {len(self.head_dims)} modules of attention"
 
@@ -172,18 +186,6 @@ def heads_to_free(module: nn.Module) -> HeadsFreed:
     """What would have to be given other code before its heads, or its width, can be pruned."""
     return HeadsFreed(
         {path: _head_dim(m) for path, m in module.named_modules() if _class_for(m) is not None}
-    )
-
-
-def freed_within(freed: HeadsFreed, paths: Iterable[str]) -> HeadsFreed:
-    """Those of the modules in which one of these parameters lies."""
-    touched = tuple(paths)
-    return HeadsFreed(
-        {
-            path: width
-            for path, width in freed.head_dims.items()
-            if any(t.startswith(path + ".") or not path for t in touched)
-        }
     )
 
 

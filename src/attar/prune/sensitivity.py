@@ -18,8 +18,8 @@ from attar.measure.cost import macs, nonzero, parameters
 from attar.prune.channels import choose
 from attar.prune.criteria.base import Calls, Criterion, observe
 from attar.prune.groups import channel_graph, first_of_batch
-from attar.prune.heads import with_free_heads
 from attar.prune.naming import joined, matching
+from attar.prune.prepared import prepared
 from attar.prune.removal import RemovalFailed, removal_of, remove_verified
 from attar.prune.selection import Selection, Widths, atom_scores, select_channels
 from attar.prune.weights import Masked, prune_weights, weight_matrices
@@ -223,7 +223,7 @@ class _Channels:
         calls: Calls | None,
     ) -> None:
         _observe(criterion, module, calls)
-        module, _ = with_free_heads(module, example)
+        module, _ = prepared(module, example)
         self._module, self._example = module, example
         self._graph = graph = channel_graph(module, first_of_batch(example))
         scores = atom_scores(module, graph, criterion)

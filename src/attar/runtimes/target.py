@@ -53,6 +53,16 @@ class Target:
             timed = self._timed(it=session, first=first)
             return timed["it"] * before / timed["first"]
 
+    def export(self, student: Any, folder: Path) -> list[Path]:
+        """Writes the student's file(s)."""
+        return self.runtime.export(
+            student,
+            folder,
+            example=self.example,
+            dynamic_shapes=self.dynamic_shapes,
+            names=self.names,
+        )
+
     def _timed(self, **sessions: Session) -> dict[str, float]:
         calls = {name: partial(s, *self.inputs) for name, s in sessions.items()}
         timed = time_interleaved(calls, seconds=self.seconds)
@@ -61,11 +71,4 @@ class Target:
     @contextmanager
     def _exported(self, student: Any) -> Iterator[tuple[Path, list[Path]]]:
         with tempfile.TemporaryDirectory() as folder:
-            files = self.runtime.export(
-                student,
-                Path(folder),
-                example=self.example,
-                dynamic_shapes=self.dynamic_shapes,
-                names=self.names,
-            )
-            yield Path(folder), files
+            yield Path(folder), self.export(student, Path(folder))
