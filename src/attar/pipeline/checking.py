@@ -215,9 +215,8 @@ def _answers(job: Job, stage: Any, teacher: Student, student: Student) -> dict[s
 
 def _epochs_of(stage: Any) -> int:
     recover = getattr(stage, "recover", None)
-    trials = 3 if stage.searches else 1
-    rounds = getattr(stage, "rounds", 1)
-    return getattr(stage, "epochs", 0) + (recover.epochs * trials * rounds if recover else 0)
+    trained = getattr(stage, "training_epochs", recover.epochs if recover else 0)
+    return int(getattr(stage, "epochs", 0) + trained * (3 if stage.searches else 1))
 
 
 def _epoch_seconds(job: Job, student: Student, training: Training) -> float:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from attar.distill.answers import Storing
     from attar.distill.signal import Source
 
+OnEpoch = Callable[[nn.Module, int], None]
+"""Called before each epoch with the network and the epoch's number, from 0."""
+
 stages: Registry[type[Stage]] = Registry("stage", "attar.stages")
 
 
@@ -70,12 +73,14 @@ class Context:
         objective: Objective | None = None,
         *,
         label: str = "recover",
-        on_epoch: Callable[[nn.Module, int], None] | None = None,
+        on_epoch: OnEpoch | None = None,
+        wrap: Callable[[Objective], Objective] | None = None,
     ) -> Student:
         """Trains the student in place, its edits' promises kept at every step, and returns it.
 
         objective: default: the task's loss joined with soft targets of the teacher, if there is
             one (`attar.distill.recovery`). label: what progress calls it, and its checkpoint.
+        wrap: makes another objective of it.
         """
         from attar.distill.recovery import recovery_objective
         from attar.training.loop import train
@@ -85,7 +90,10 @@ class Context:
             if self.teacher is not None:
                 source, run = self.taught(self.teacher, training, label)
             objective = recovery_objective(self.task, source, training)
-            return run.train(student, training, objective, label=label, on_epoch=on_epoch)
+            return run.train(
+                student, training, objective, label=label, on_epoch=on_epoch, wrap=wrap
+            )
+        objective = objective if wrap is None else wrap(objective)
         before, after = student.hooks()
         self.histories[label] = train(
             student.module,

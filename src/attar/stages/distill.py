@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import torch
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 from torch import nn
 
 from attar.data.base import Data
@@ -26,7 +26,7 @@ from attar.distill.teacher import Teacher
 from attar.distill.transfer import Transfer, said, transferred, with_unlabelled
 from attar.errors import UsageError
 from attar.files import is_reference, locate
-from attar.stages.base import Context, Stage, stages
+from attar.stages.base import Context, OnEpoch, Stage, stages
 from attar.student import Student
 from attar.training.config import Training
 from attar.training.evaluation import device_of, to_device
@@ -81,6 +81,10 @@ class Distill(Stage, Training):
     store: Storing | None = None
     """How those answers are kept, and where."""
 
+    _label: str = PrivateAttr(LABEL)
+    _on_epoch: OnEpoch | None = PrivateAttr(None)
+    """What its training is called, and who hears of its epochs, where another stage trains so."""
+
     diagnose: bool = False
     """Train the same student without the teacher as well, from the same initial weights through the
     same batches, and say whether the teacher helped and what may be why not."""
@@ -130,7 +134,7 @@ class Distill(Stage, Training):
         training = self._training()
         asked = mentor if any(one.asks_teacher for one in criteria.values()) else None
         source, run = run.taught(
-            asked, training, LABEL, layers=layers, views=self.views, storing=self.store
+            asked, training, self._label, layers=layers, views=self.views, storing=self.store
         )
         if table is not None:
             source = Table(Path(table), run.data)
@@ -146,7 +150,9 @@ class Distill(Stage, Training):
             torch.manual_seed(run.seed)  # the adapters' initial weights
             shown = to_device(batch, device_of(student.module))
             objective.prepare(student.module, shown, examples=len(run.data.train))
-        trained = run.train(student, training, objective, label=LABEL)
+        trained = run.train(
+            student, training, objective, label=self._label, on_epoch=self._on_epoch
+        )
         run.found["teacher"] = dict(source.choice)
         if criteria:
             alone = self._alone(untaught, run) if untaught is not None else None
@@ -251,11 +257,11 @@ class Distill(Stage, Training):
         batches, since these depend on the label, with a checkpoint of its own."""
 
         def tell(event: dict[str, Any]) -> None:
-            run.tell({**event, "label": ALONE} if event.get("label") == LABEL else event)
+            run.tell({**event, "label": ALONE} if event.get("label") == self._label else event)
 
         objective = TaskObjective(run.task, self.label_smoothing)
         apart = replace(run.at(ALONE), tell=tell, histories={})
-        return apart.train(untaught, self._training(), objective, label=LABEL)
+        return apart.train(untaught, self._training(), objective, label=self._label)
 
     def _diagnosis(
         self,
@@ -275,7 +281,7 @@ class Distill(Stage, Training):
             knows_validation=not isinstance(teacher, Table),
             criteria=criteria,
             task_weight=self._task_weight(criteria),
-            history=run.histories[LABEL],
+            history=run.histories[self._label],
             alone=alone.module if alone is not None else None,
         )
         found = diagnosis(measured)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from attar.data.base import Batch, Data
@@ -19,19 +19,33 @@ from attar.prune import (
     Pruned,
     Widths,
     criteria,
-    cubic,
     prune_blocks,
     prune_channels,
     prune_weights,
 )
+from attar.prune.channels import Prunable
 from attar.prune.criteria import Call, Calls, Criterion
 from attar.prune.naming import joined
 from attar.prune.patterns import NM, Pattern, parsed_block, parsed_pattern
+from attar.prune.penalty import GroupLasso, Growing, going, redone
+from attar.prune.regrowth import Regrowing, with_masks
 from attar.prune.weights import left_dense
 from attar.stages.base import Context, Stage, stages
 from attar.stages.prune_budget import Budgets, Planner, moved
+from attar.stages.prune_schedule import (
+    Cubic,
+    Iterative,
+    Recovery,
+    Regrow,
+    Regularise,
+    Rewind,
+    Schedule,
+    part,
+    shares,
+)
 from attar.student import Student
 from attar.tasks.base import Task
+from attar.training.checkpoint import load_checkpoint_state, save_checkpoint
 from attar.training.config import Training
 from attar.training.evaluation import device_of, to_device
 
@@ -42,14 +56,6 @@ ONE_BY_ONE = 256
 """Examples that one sees which takes them one by one."""
 
 Ratio = Annotated[float, Field(gt=0, lt=1)]
-
-
-class Cubic(BaseModel):
-    """Gradual pruning: in this many steps, fast at first (Zhu & Gupta 2017)."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    cubic: int = Field(ge=2)
 
 
 @stages.register("prune")
@@ -83,9 +89,13 @@ class Prune(Budgets, Stage):
     """Of single weights: whole blocks go, of so many rows and columns; the ratio counts them."""
     scope: Literal["local", "global"] = "local"
     """The same share of each layer, or of all together, wherever it matters least."""
-    schedule: Literal["one-shot"] | Cubic = "one-shot"
-    """`{cubic: 4}`: in four steps, each followed by its part of `recover`'s epochs."""
-    recover: Training | None = None
+    schedule: Schedule = "one-shot"
+    """`{cubic: 4}` or `{iterative: 4}`: in four steps, each followed by its part of `recover`'s
+    epochs. `{regrow: 0.3}`: single weights whose zeros move while `recover` trains. `{rewind: 3}`:
+    lottery tickets, each round of which is `recover`'s training from early weights."""
+    regularise: Regularise | None = None
+    """Training before the cut, by `recover`'s settings, that makes small what is to go."""
+    recover: Recovery | None = None
     """Fine-tuning against the teacher."""
     exclude: list[str] = Field(default_factory=list)
     """Layers to leave alone, by path; `*` stands for anything."""
@@ -155,7 +165,7 @@ class Prune(Budgets, Stage):
             "threshold": self.threshold is not None,
             "criterion: threshold": self.criterion == "threshold",
             "scope: global": self.scope == "global",
-            "the gradual schedule": isinstance(self.schedule, Cubic),
+            "schedule": self.schedule != "one-shot",
         }
         return " and ".join(words for words, said in asked.items() if said)
 
@@ -179,9 +189,42 @@ class Prune(Budgets, Stage):
                 f"criterion: {self.criterion} scores {' and '.join(kind.granularities)}s, "
                 f"not single {self.granularity}s"
             )
-        if isinstance(self.schedule, Cubic) and (self.recover is None or by_threshold):
-            raise ValueError("a gradual schedule needs a ratio, and recover to train between steps")
         return self
+
+    @model_validator(mode="after")
+    def _scheduled(self) -> Prune:
+        schedule = self.schedule
+        stepped = isinstance(schedule, Iterative | Cubic | Rewind)
+        if stepped and (self.recover is None or self.ratio is None):
+            raise ValueError("a gradual schedule needs a ratio, and recover to train between steps")
+        if isinstance(schedule, Regrow) and (self.recover is None or self.granularity != "weight"):
+            raise ValueError("regrow is for granularity: weight, and needs recover to train in")
+        if isinstance(schedule, Regrow) and self.block is not None:
+            raise ValueError("regrow moves single weights, not blocks of them: leave block out")
+        if isinstance(schedule, Rewind) and self.recover and schedule.to >= self.recover.epochs:
+            raise ValueError(
+                f"to: {schedule.to} is no epoch of recover's {self.recover.epochs}, which it goes "
+                "back within"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _regularised(self) -> Prune:
+        if self.regularise is None:
+            return self
+        if self.recover is None or self.schedule != "one-shot":
+            raise ValueError("regularise trains as recover says, once: give recover, no schedule")
+        if self.regularise.kind == "group-lasso" and self.granularity != "channel":
+            raise ValueError("group-lasso makes groups of channels small: use kind: growing")
+        return self
+
+    @property
+    def training_epochs(self) -> int:
+        """How many epochs it trains, whatever is searched."""
+        if self.recover is None:
+            return 0
+        times = 1 + self.schedule.rewind if isinstance(self.schedule, Rewind) else 1
+        return self.recover.epochs * times + (self.regularise.epochs if self.regularise else 0)
 
     def _of_blocks(self) -> None:
         if self.criterion != "magnitude" or self.threshold is not None or self.scope == "global":
@@ -200,31 +243,97 @@ class Prune(Budgets, Stage):
             run.found["criterion"] = self.criterion
         if ratio is not None:
             run.found["ratio"] = ratio
-        start = student
-        original: dict[str, int] = {}
         patterns = _patterns(student)
-        for step, (share, training) in enumerate(rounds := self._rounds(ratio), start=1):
-            student, said = self._once(student, run, share, start, original)
-            if said is not None:
-                original = original or {layer: before for layer, (before, _) in said.widths.items()}
-                self._report(run, said, original, first=step == 1)
-            if step == len(rounds):
-                self._report_patterns(run, student, patterns)
-            if training is not None:
-                label = "recover" if len(rounds) == 1 else f"recover {step} of {len(rounds)}"
-                student = run.train(student, training, label=label)
+        if isinstance(self.schedule, Rewind):
+            student = self._rewound(student, run, ratio)
+        else:
+            student = self._stepped(student, run, ratio)
+        self._report_patterns(run, student, patterns)
         if self.granularity == "weight":
             run.found["weights"] = _weights(student)
         return student
 
-    def _rounds(self, ratio: float | None) -> list[tuple[float | None, Training | None]]:
-        """The share pruned after each round, and the training that follows it."""
-        if self.recover is None or ratio is None or not isinstance(self.schedule, Cubic):
-            return [(ratio, self.recover)]
-        shares = cubic(ratio, self.schedule.cubic)
-        epochs = [_part(self.recover.epochs, step, len(shares)) for step in range(len(shares))]
-        trainings = [self.recover.model_copy(update={"epochs": n}) for n in epochs]
-        return list(zip(shares, trainings, strict=True))
+    def _stepped(self, student: Student, run: Context, ratio: float | None) -> Student:
+        """The student after each step's removal and the training that follows it."""
+        start, heard = student, _Heard(run)
+        steps = [None] if ratio is None else shares(self.schedule, ratio)
+        for step, share in enumerate(steps):
+            student, said = self._cut(student, run, share, start, heard.original)
+            heard.report(said)
+            if self.recover is not None:
+                epochs = part(self.recover.epochs, step, len(steps))
+                label = f"recover {step + 1} of {len(steps)}" if len(steps) > 1 else "recover"
+                student = self._recovered(student, self.recover.of(epochs), run, label)
+        return student
+
+    def _cut(
+        self,
+        student: Student,
+        run: Context,
+        ratio: float | None,
+        start: Student,
+        original: dict[str, int],
+    ) -> tuple[Student, Pruned | None]:
+        """One removal, after the training that makes what goes small, where that is asked for."""
+        if self.regularise is None or self.recover is None:
+            return self._once(student, run, ratio, start, original)
+        training, factor = self.recover.of(self.regularise.epochs), self.regularise.factor
+        if self.regularise.kind == "group-lasso":
+            graph = Prunable(student, _example(run, student), self.exclude).graph
+            student = run.train(
+                student,
+                training,
+                label="regularise",
+                wrap=lambda inner: GroupLasso(inner, graph, strength=factor),
+            )
+            return self._once(student, run, ratio, start, original)
+        chosen, said = self._once(student, run, ratio, start, original)
+        known = {id(edit) for edit in student.edits}
+        goes = going(student.module, [e for e in chosen.edits if id(e) not in known])
+        steps = _steps(run, training)
+        trained = run.train(
+            student,
+            training,
+            label="regularise",
+            wrap=lambda inner: Growing(inner, goes, strength=factor, steps=steps),
+        )
+        return redone(trained, chosen), said
+
+    def _recovered(self, student: Student, training: Recovery, run: Context, label: str) -> Student:
+        if not isinstance(self.schedule, Regrow):
+            return training.recovered(student, run, label)
+        (masked,) = (edit for edit in student.edits if isinstance(edit, Masked))
+        moving = Regrowing(
+            masked,
+            share=self.schedule.regrow,
+            every=self.schedule.every,
+            until=self.schedule.until,
+            steps=_steps(run, training),
+            epochs=training.epochs,
+        )
+        trained = training.recovered(with_masks(student, moving), run, label, moving.start_epoch)
+        return with_masks(trained, moving.settled(trained.module))
+
+    def _rewound(self, student: Student, run: Context, ratio: float | None) -> Student:
+        """Lottery tickets: the student that is left of the last round, trained."""
+        assert isinstance(self.schedule, Rewind) and self.recover is not None and ratio is not None
+        start, heard, early = student.copy(), _Heard(run), run.work / "early.pt"
+        gone, back = shares(self.schedule, ratio), self.schedule.to
+
+        def remember(module: nn.Module, epoch: int) -> None:
+            if epoch == back:
+                save_checkpoint(module.state_dict(), early)
+
+        rounds = len(gone) + 1
+        trained = self.recover.recovered(student, run, f"train 1 of {rounds}", remember)
+        first = start.copy()
+        first.module.load_state_dict(load_checkpoint_state(early) or {})
+        for step, share in enumerate(gone):
+            pruned, said = self._once(trained, run, share, start, heard.original)
+            heard.report(said)
+            ticket = redone(first, pruned)
+            trained = self.recover.recovered(ticket, run, f"train {step + 2} of {rounds}")
+        return trained
 
     def _once(
         self,
@@ -232,7 +341,7 @@ class Prune(Budgets, Stage):
         run: Context,
         ratio: float | None,
         start: Student,
-        original: dict[str, int] | None = None,
+        original: dict[str, int],
     ) -> tuple[Student, Pruned | None]:
         """One removal, where the stage began with `start`; what it did to channels, where it was
         channels."""
@@ -262,7 +371,7 @@ class Prune(Budgets, Stage):
             return planner.prune(student, criterion, calls)
         return prune_channels(
             student,
-            _example(run, device),
+            _example(run, student),
             criterion=criterion,
             ratio=ratio,
             threshold=self.threshold,
@@ -274,7 +383,7 @@ class Prune(Budgets, Stage):
         )
 
     def _shallower(self, student: Student, run: Context, ratio: float, start: Student) -> Student:
-        example = _example(run, device_of(student.module))
+        example = _example(run, student)
         before = _blocks_gone(student)[len(_blocks_gone(start)) :]
         shallow, gone = prune_blocks(
             student,
@@ -293,7 +402,7 @@ class Prune(Budgets, Stage):
         from attar.tuning.auto import search
 
         def attempt(ratio: float) -> nn.Module:
-            trial, _ = self._once(student, run, ratio, student)
+            trial, _ = self._once(student, run, ratio, student, {})
             if self.recover:
                 short = self.recover.model_copy(update={"epochs": max(1, self.recover.epochs // 3)})
                 trial = run.at(f"ratio-{ratio:g}").train(
@@ -304,19 +413,6 @@ class Prune(Budgets, Stage):
         found = search(run, "ratio", CANDIDATES, attempt)
         largest, run.found["tried"] = found
         return largest
-
-    def _report(self, run: Context, said: Pruned, original: dict[str, int], *, first: bool) -> None:
-        run.found["channels"] = {
-            layer: {"before": original[layer], "after": after}
-            for layer, (_, after) in said.widths.items()
-        }
-        run.found["kept_whole"] = said.kept
-        if said.blocks:
-            run.found["blocks"] = said.blocks
-        if said.undone:
-            run.found["undone"] = said.undone
-        for message in said.notes() if first else ():
-            run.tell(_note(message))
 
     def _report_patterns(self, run: Context, student: Student, before: dict[str, str]) -> None:
         """Tells which layers stayed dense, and which no longer keep to the pattern they had."""
@@ -331,6 +427,31 @@ class Prune(Budgets, Stage):
         after = _patterns(student)
         if lost := [layer for layer in before if layer not in after]:
             run.tell(_note(f"the pattern {before[lost[0]]} no longer holds in {joined(lost)}"))
+
+
+class _Heard:
+    """What a run keeps of the removals, as they come. original: widths before the first one."""
+
+    def __init__(self, run: Context) -> None:
+        self._run = run
+        self.original: dict[str, int] = {}
+
+    def report(self, said: Pruned | None) -> None:
+        """Keeps what was done to channels, where it was channels; tells it the first time."""
+        if said is None:
+            return
+        for message in said.notes() if not self.original else ():
+            self._run.tell(_note(message))
+        self.original = self.original or {k: before for k, (before, _) in said.widths.items()}
+        self._run.found["channels"] = {
+            layer: {"before": self.original[layer], "after": after}
+            for layer, (_, after) in said.widths.items()
+        }
+        self._run.found["kept_whole"] = said.kept
+        if said.blocks:
+            self._run.found["blocks"] = said.blocks
+        if said.undone:
+            self._run.found["undone"] = said.undone
 
 
 def calls_of(
@@ -349,8 +470,14 @@ def calls_of(
     return calls
 
 
-def _example(run: Context, device: Any) -> tuple[Tensor, ...]:
+def _example(run: Context, student: Student) -> tuple[Tensor, ...]:
+    device = device_of(student.module)
     return tuple(x.to(device) for x in run.task.example(run.data))
+
+
+def _steps(run: Context, training: Training) -> int:
+    """Steps of one epoch."""
+    return max(1, len(run.data.train) // training.batch_size)
 
 
 def _blocks_gone(student: Student) -> list[str]:
@@ -396,11 +523,6 @@ def _said(parse: Callable[[Any], tuple[int, int]], value: Any) -> tuple[int, int
         return parse(value)
     except UsageError as error:
         raise ValueError(str(error)) from None
-
-
-def _part(total: int, step: int, steps: int) -> int:
-    """A step's part of all epochs, at least one; what is left over goes to the last steps."""
-    return max(1, total * (step + 1) // steps - total * step // steps)
 
 
 def _note(text: str) -> dict[str, Any]:

@@ -11,8 +11,6 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from attar.distill import recovery_objective
-from attar.distill.signal import Source
 from attar.errors import UsageError
 from attar.quantize.bench import RuntimeBench
 from attar.quantize.cpu import WeightBits, safe_on, weight_bits
@@ -110,12 +108,10 @@ class Quantize(Stage):
         return self._quantized(recovered, replace(scheme, float_layers=layers), run)
 
     def _recovered(self, student: Student, training: Training, bits: int, run: Context) -> Student:
-        source: Source | None = None
-        if run.teacher is not None:
-            source, run = run.taught(run.teacher, training, "recover")
-        inner = recovery_objective(run.task, source, training)
-        objective = OnGrid(inner, bits=bits, per_tensor=shared_grids(student))
-        return run.train(student, training, objective)
+        shared = shared_grids(student)
+        return run.train(
+            student, training, wrap=lambda inner: OnGrid(inner, bits=bits, per_tensor=shared)
+        )
 
     def _decided(
         self,
