@@ -17,6 +17,7 @@ from attar.models.cifar_resnet import CifarResNet
 from attar.planning import layers
 from attar.planning.layers import LayerTimes, Shape, shapes_of
 from attar.planning.solver import GAP, Cost, OverBudget, cost_of, solve
+from attar.runtimes.base import runtimes
 
 amounts = st.floats(0, 10, allow_subnormal=False)
 
@@ -125,6 +126,16 @@ def test_many_layers_take_several_files(tmp_path, monkeypatch):
 def test_linear_layers_over_positions_have_their_time(tmp_path):
     wide = Shape("Linear", 512, 512, (1, 64))
     assert LayerTimes("onnxruntime", 1, tmp_path).microseconds([wide])[wide] > 0
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_quantized_layers_have_times_of_their_own(runtime, tmp_path):
+    if not runtimes.get(runtime).available()[0]:
+        pytest.skip(f"{runtime} is not installed")
+    wide = Shape("Conv2d", 64, 64, (1, 32, 32), 1, (3, 3), (1, 1), (1, 1), (1, 1))
+    in_float, in_int8 = (LayerTimes(runtime, 1, tmp_path, int8=int8) for int8 in (False, True))
+    assert in_float.microseconds([wide])[wide] > 0 and in_int8.microseconds([wide])[wide] > 0
+    assert len(list(tmp_path.iterdir())) == 2, "in a file of their own"
 
 
 def test_a_runtime_that_tells_no_times_is_refused(tmp_path):

@@ -262,6 +262,13 @@ def test_bytes_that_may_be_left_are_those_of_the_file(recipe):
     assert 20_000 < after["bundle"]["bytes"] <= 25_500  # the row's file has its description in it
 
 
+def test_bytes_can_be_those_of_the_quantized_file(recipe):
+    _, after, folder = after_pruning(recipe, "stages=[{prune: {size: 8KB, precision: int8}}]")
+    found = json.loads((folder / "details.json").read_text())["found"]["01-prune"]["size"]
+    assert found["after"] <= found["limit"] == 8000 < found["before"] < 30_000
+    assert after["bundle"]["bytes"] > 8000, "the float file is larger"
+
+
 def test_milliseconds_that_may_be_left_are_measured(recipe, monkeypatch):
     timed: list[float] = []
 
@@ -302,6 +309,7 @@ def test_a_budget_out_of_reach_is_an_error_that_says_how_far_one_gets(recipe):
         ({"macs": "50%", "size": "10KB"}, "give one of macs and size"),
         ({"macs": "50%", "granularity": "weight"}, "macs is for granularity: channel"),
         ({"latency_ms": 1, "scope": "global"}, "latency_ms says by itself what goes where"),
+        ({"macs": "50%", "precision": "int8"}, "precision says of which file size and latency_ms"),
         ({"macs": "120%"}, "no share to keep: it lies between"),
         ({"macs": -5}, "-5 is no amount"),
         ({"parameters": "many"}, "'many' is no amount"),

@@ -134,8 +134,9 @@ def _shape(layer: Any, size: torch.Size) -> Shape | None:
 class LayerTimes:
     """Measured times of layers in one runtime on this machine, kept for the next time.
 
-    tell: called with how many layers are about to be measured. Raises `UsageError` for a runtime
-    that doesn't tell times of layers.
+    int8: whether of layers as `attar.quantize` makes them, else in float. tell: called with how
+    many layers are about to be measured. Raises `UsageError` for a runtime that doesn't tell times
+    of layers.
 
     Example:
         >>> times = LayerTimes("onnxruntime", threads=1)
@@ -150,15 +151,18 @@ class LayerTimes:
         threads: int,
         folder: Path | None = None,
         tell: Callable[[int], None] = lambda count: None,
+        int8: bool = False,
     ) -> None:
         self._runtime, self._threads, self._tell = runtimes.get(runtime)(), threads, tell
+        self._int8 = int8
         if type(self._runtime).layer_times is Runtime.layer_times:
             raise UsageError(
                 f"the runtime {runtime} doesn't tell how long its layers take: give macs or "
                 "parameters instead of latency_ms"
             )
         of = [self._runtime.name, self._runtime.available()[1]]
-        key = key_of(runtime=of, threads=threads, on=_machine())
+        form = {"form": "int8"} if int8 else {}
+        key = key_of(runtime=of, threads=threads, on=_machine(), **form)
         self._file = (folder or cache_folder() / "layer-times") / f"{key}.json"
         self._known = self._read()
 
@@ -182,12 +186,13 @@ class LayerTimes:
             [f"input{i}" for i in range(len(sizes))],
             [f"output{i}" for i in range(len(shapes))],
         )
+        dynamic: Any = None  # nothing is: a network of any number of inputs has no place to say it
         with tempfile.TemporaryDirectory() as folder:
             self._runtime.export(
-                Student(bench),
+                self._student(bench, example, dynamic),
                 Path(folder),
                 example=example,
-                dynamic_shapes=(tuple({} for _ in example),),  # type: ignore[arg-type]
+                dynamic_shapes=dynamic,
                 names=names,
             )
             inputs = tuple(x.numpy() for x in example)
@@ -201,6 +206,16 @@ class LayerTimes:
                     f"{shape.kind} takes: give macs or parameters instead of latency_ms"
                 )
             self._known[shape] = found[f"layers.{i}"]
+
+    def _student(self, bench: nn.Module, example: tuple[Tensor, ...], dynamic: Any) -> Student:
+        student = Student(bench)
+        if not self._int8:
+            return student
+        from attar.quantize.edit import Scheme
+        from attar.quantize.post_training import quantize
+
+        scheme = Scheme(runtime=self._runtime.name, calibration=1)
+        return quantize(student, scheme, [example], example=example, dynamic_shapes=dynamic)
 
     def _read(self) -> dict[Shape, float]:
         try:

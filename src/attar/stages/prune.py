@@ -129,6 +129,10 @@ class Prune(Budgets, Stage):
             raise ValueError(
                 f"{planned[0]} says by itself what goes where: leave scope and schedule"
             )
+        if self.precision == "int8" and self.size is None and self.latency_ms is None:
+            raise ValueError(
+                "precision says of which file size and latency_ms are: give one of them"
+            )
         if self.plan is not None and not self.plan.is_file():
             raise ValueError(f"there is no plan {self.plan}")
         return self

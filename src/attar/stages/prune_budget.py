@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import BaseModel, BeforeValidator
@@ -21,6 +21,8 @@ from attar.prune.budgets import Budget, Unit, prune_to_budget
 from attar.prune.costs import Prices
 from attar.prune.criteria import Calls, Criterion
 from attar.prune.plan import Plan, prune_by_plan
+from attar.quantize.edit import Scheme
+from attar.quantize.post_training import quantize
 from attar.runtimes.base import runtimes
 from attar.runtimes.target import Target
 from attar.stages.base import Context
@@ -28,6 +30,8 @@ from attar.student import Student
 from attar.training.evaluation import device_of, evaluating, to_device
 from attar.units import parse_size
 
+CALIBRATED = 32
+"""Training examples that grids are chosen from where an int8 file is measured."""
 SEEN = 512
 """Validation examples on which it is measured what a part of the network loses."""
 
@@ -65,6 +69,8 @@ class Budgets(BaseModel):
     """Bytes of the exported float file (`200KB`), or a share."""
     latency_ms: Amount | None = None
     """Milliseconds of one answer of the exported float file in the deploy runtime, or a share."""
+    precision: Literal["float32", "int8"] = "float32"
+    """Of which file `size` and `latency_ms` are: `int8` for what `quantize` will make of it."""
     sensitivity: bool = True
     """Whether what each part of the network loses is measured on validation; else its channels'
     scores are summed, and whole blocks stay."""
@@ -120,8 +126,8 @@ class Planner:
         measure: Callable[[Student], float] = {
             "macs": self._macs,
             "parameters": lambda s: parameters(s.module),
-            "size": lambda s: self._target.bytes(s),
-            "latency_ms": lambda s: self._target.latency_ms(s),
+            "size": lambda s: self._target.bytes(self._deployed(s)),
+            "latency_ms": lambda s: self._target.latency_ms(self._deployed(s)),
         }[unit]
         if isinstance(amount, str):
             amount = float(amount.removesuffix("%")) / 100 * measure(student)
@@ -130,9 +136,22 @@ class Planner:
             price = _macs_of
         elif unit == "latency_ms":
             run = self._run
-            price = LayerTimes(run.runtime, run.threads, tell=self._measuring).microseconds
+            int8 = self._settings.precision == "int8"
+            times = LayerTimes(run.runtime, run.threads, tell=self._measuring, int8=int8)
+            price = times.microseconds
         example = self._asked if unit == "latency_ms" else self._example
         return Budget(unit, amount, measure, price, _on(example, student))
+
+    def _deployed(self, student: Student) -> Student:
+        """The student whose file is measured: quantized, on a look at a few examples, where that is
+        what counts."""
+        if self._settings.precision == "float32":
+            return student
+        scheme = Scheme(runtime=self._run.runtime, calibration=CALIBRATED)
+        task, seen = self._run.task, self._run.data.train.pick(range(CALIBRATED))
+        shapes = task.dynamic_shapes(self._example)
+        examples = [task.arguments(seen)[0]]
+        return quantize(student, scheme, examples, example=self._example, dynamic_shapes=shapes)
 
     @cached_property
     def _asked(self) -> tuple[Tensor, ...]:
