@@ -298,7 +298,7 @@ def test_a_plan_given_back_makes_the_same_student(recipe):
 
 
 def test_a_budget_out_of_reach_is_an_error_that_says_how_far_one_gets(recipe):
-    with pytest.raises(UsageError, match=r"macs: 1000 is below what any plan reaches: .* \d+"):
+    with pytest.raises(UsageError, match=r"macs: 1,000 is below what any plan reaches: .* \d+"):
         after_pruning(recipe, "stages=[{prune: {macs: 1000}}]")
 
 

@@ -15,7 +15,7 @@ from attar.prune.plan import Plan, prune_by_plan
 from attar.prune.removal import ChannelsRemoved, RemovalFailed
 from attar.prune.schedule import cubic
 from attar.prune.selection import Widths
-from attar.prune.weights import Masked, prune_weights
+from attar.prune.weights import Masked, left_dense, prune_weights
 
 __all__ = [
     "BlocksRemoved",
@@ -33,6 +33,7 @@ __all__ = [
     "channel_graph",
     "criteria",
     "cubic",
+    "left_dense",
     "prune_blocks",
     "prune_by_plan",
     "prune_channels",

@@ -94,7 +94,8 @@ def prune_to_budget(
     whole = budget.measure(student)
     if whole <= budget.limit:
         raise UsageError(
-            f"{budget.unit}: {budget.limit:g} asks for no pruning: the network takes {whole:.4g}"
+            f"{budget.unit}: {shown(budget.limit)} asks for no pruning: the network takes "
+            f"{shown(whole)}"
         )
     blocks = _blocks(network, example, exclude) if depth and lost is not None else {}
     planner = _Planner(
@@ -113,15 +114,25 @@ def prune_to_budget(
         known = ((planner.whole, whole), (planner.modelled, cost))
     if best is None and planner.least:
         raise UsageError(
-            f"{budget.unit}: {budget.limit:g} is below what any plan reaches: the smallest network "
-            f"found takes {cost:.4g} (a lower floor, or fewer excluded layers, may help)"
+            f"{budget.unit}: {shown(budget.limit)} is below what any plan reaches: the smallest "
+            f"network found takes {shown(cost)} (a lower floor, or fewer excluded layers, may help)"
         )
     if best is None:
         raise UsageError(
-            f"{budget.unit}: {budget.limit:g} was not met in {ATTEMPTS} plans, of which the last "
-            f"took {cost:.4g}: a little more would do, or a quieter machine"
+            f"{budget.unit}: {shown(budget.limit)} was not met in {ATTEMPTS} plans, of which the "
+            f"last took {shown(cost)}: a little more would do, or a quieter machine"
         )
     return best
+
+
+def shown(amount: float) -> str:
+    """An amount for people, in any unit.
+
+    Example:
+        >>> shown(43680.0), shown(0.81234)
+        ('43,680', '0.8123')
+    """
+    return f"{amount:,.0f}" if amount >= 1000 else f"{amount:.4g}"
 
 
 def _blocks(network: Prunable, example: tuple[Any, ...], exclude: Sequence[str]) -> dict[str, bool]:

@@ -52,7 +52,7 @@ class JointPlace:
     atoms: np.ndarray
 
 
-Width = tuple[str, np.ndarray, np.ndarray]
+AsWide = tuple[str, np.ndarray, np.ndarray]
 """A line of code, and the atoms of two tensors that are as wide as one another there."""
 
 
@@ -73,8 +73,8 @@ class ChannelGraph:
     frozen: dict[int, str] = field(default_factory=dict)
     reshapes: list[tuple[np.ndarray, str]] = field(default_factory=list)
     joint: list[JointPlace] = field(default_factory=list)
-    widths: list[Width] = field(default_factory=list)
-    equal: list[Width] = field(default_factory=list)
+    widths: list[AsWide] = field(default_factory=list)
+    equal: list[AsWide] = field(default_factory=list)
 
     @property
     def mode(self) -> Mode:

@@ -113,11 +113,19 @@ def _planned(part: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _out(block: dict[str, Any]) -> dict[str, Any]:
+    """A block that a plan takes out, as a row beside parts."""
+    saves = f"{block['saves']:.1%}"
+    gone = "taken out whole"
+    return {"layers": block["path"], "channels": gone, "loses": block["lost"], "saves": saves}
+
+
 def _said(key: str, value: Any) -> Any:
     """The teacher's fastest form as a sentence, a plan of what to prune without the channels'
     numbers; all else as it is."""
     if key == "plan" and isinstance(value, dict) and "parts" in value:
-        return [_planned(part) for part in value["parts"]]
+        blocks = [_out(block) for block in value.get("blocks", [])]
+        return [*blocks, *(_planned(part) for part in value["parts"])]
     if key != "teacher" or not isinstance(value, dict) or "form" not in value:
         return value
     if value["form"] == "nobody":

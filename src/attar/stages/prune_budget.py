@@ -17,7 +17,7 @@ from attar.distill.divergence import divergence
 from attar.measure.cost import macs, parameters
 from attar.planning.layers import LayerTimes, Shape
 from attar.prune import Pruned, Widths
-from attar.prune.budgets import Budget, Unit, prune_to_budget
+from attar.prune.budgets import Budget, Unit, prune_to_budget, shown
 from attar.prune.costs import Prices
 from attar.prune.criteria import Calls, Criterion
 from attar.prune.plan import Plan, prune_by_plan
@@ -116,9 +116,10 @@ class Planner:
                 lost=moved(self._run, student) if self._settings.sensitivity else None,
                 depth=self._settings.depth,
             )
-            self._tell(f"{plan.unit} {plan.before:.4g} → {plan.after:.4g}, of {plan.limit:.4g}")
-        amounts = {"before": plan.before, "limit": plan.limit, "after": plan.after}
-        self._run.found.update({plan.unit: amounts, "plan": plan.to_json()})
+            amounts = (plan.before, plan.after, plan.limit)
+            self._tell("{} {} → {}, of {}".format(plan.unit, *map(shown, amounts)))
+        kept = {"before": plan.before, "limit": plan.limit, "after": plan.after}
+        self._run.found.update({plan.unit: kept, "plan": plan.to_json()})
         return narrow, pruned
 
     def _budget(self, student: Student) -> Budget:
