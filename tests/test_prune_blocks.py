@@ -22,7 +22,7 @@ from attar.prune import (
     residual_blocks,
     without_blocks,
 )
-from attar.prune.trace import export
+from attar.prune.exporting import export
 from attar.student import Student, load_student, save_student
 from attar.student.edits import edit_from
 from network_fixture import Encoder

@@ -247,3 +247,14 @@ def test_what_is_no_plan_is_refused(tmp_path, text):
         Plan.read(path)
     with pytest.raises(UsageError, match="can't be read"):
         Plan.read(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("unit", ["macs", "parameters"])
+def test_a_plan_says_what_each_layer_costs(unit):
+    net = resnet()
+    whole_cost = whole(unit, net, IMAGES)
+    student, _, plan = pruned(net, IMAGES, unit, 0.5 * whole_cost)
+    before, after = (sum(cost[i] for cost in plan.costs.values()) for i in (0, 1))
+    assert before == whole_cost
+    assert after == pytest.approx(whole(unit, student.module, IMAGES), rel=1e-9)
+    assert Plan.from_json(plan.to_json()).costs == plan.costs

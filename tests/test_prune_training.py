@@ -9,6 +9,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from attar.errors import UsageError
 from attar.models import build, resolve
 from attar.models.cifar_resnet import CifarResNet
 from attar.prune import BlocksRemoved, Masked, channel_graph, criteria, prune_channels
@@ -221,6 +222,11 @@ def test_zeros_move_in_a_stage_and_are_kept_afterwards(run, trained):
         assert int(mask.sum()) <= int(before.masks[path].sum())
     assert any(not torch.equal(before.masks[p], m) for p, m in after.masks.items())
     assert run.evaluate(moved.module) > 0.5
+
+
+def test_a_training_too_short_for_zeros_to_move_is_refused(run, trained):
+    with pytest.raises(UsageError, match=r"nothing would move: .* give a smaller every"):
+        Prune(**{**REGROW, "schedule": {"regrow": 0.3}}).apply(Student(trained), run)
 
 
 def weights_of(student: Student) -> dict[str, Tensor]:

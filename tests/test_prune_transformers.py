@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attar.prune import criteria, prune_channels
+from attar.prune import criteria, prune_channels, residual_blocks, without_blocks
+from attar.prune.exporting import export
 from attar.student import Student, load_student, save_student
 
 POSITIONS = torch.randn(2, 6, 12, generator=torch.Generator().manual_seed(0))
@@ -235,6 +236,21 @@ def test_grouped_queries_go_with_their_key():
         assert attention.v_proj.out_features == attention.k_proj.out_features == 16
         assert attention.o_proj.in_features == 32 and attention.o_proj.out_features == 32
     assert module.model.embed_tokens.weight.shape == (100, 32)
+
+
+@pytest.mark.parametrize("name", ["Bert", "Llama"])
+def test_layers_are_blocks_that_can_go(name, tmp_path):
+    module = configured(name)
+    blocks = residual_blocks(module, (IDS,), export(module, (IDS[:1],)))
+    inner = "bert.encoder.layer" if name == "Bert" else "model.layers"
+    assert list(blocks) == [f"{inner}.0", f"{inner}.1"]
+    student = without_blocks(Student(module), {f"{inner}.0": blocks[f"{inner}.0"]})
+    assert not halved(student.module, IDS)[1].undone
+    save_student(student, tmp_path)
+    loaded = load_student(tmp_path, build=lambda _: None, module=configured(name))
+    with torch.no_grad():
+        assert torch.equal(loaded.module(IDS).logits, student.module(IDS).logits)
+        assert not torch.equal(module(IDS).logits, student.module(IDS).logits)
 
 
 TIMM = ["tiny_vit_5m_224", "coatnet_nano_rw_224", "volo_d1_224", "edgenext_xx_small", "dpn48b"]

@@ -21,6 +21,7 @@ from attar.models import inherit
 from attar.pipeline.job import Job, job_of, require_answers, require_runtime
 from attar.pipeline.rows import eager_call, inputs_of, reference_outputs, timed_on
 from attar.prune import channel_graph
+from attar.prune.blocks import residual_blocks
 from attar.prune.prepared import prepared
 from attar.quantize import Scheme, quantize, quantized_reference
 from attar.recipe import Recipe
@@ -151,7 +152,8 @@ def _prunable(student: Student, example: tuple[torch.Tensor, ...]) -> dict[str, 
     module, _ = prepared(student.module, example)
     graph = channel_graph(module, tuple(x[:1] for x in example))
     channels, of = graph.counts()
-    return {"channels": channels, "of": of, "kept_whole": graph.kept_whole()}
+    blocks = list(residual_blocks(module, example, graph.program))
+    return {"channels": channels, "of": of, "kept_whole": graph.kept_whole(), "blocks": blocks}
 
 
 def _said(attempt: Any) -> dict[str, Any]:

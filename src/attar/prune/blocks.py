@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from attar.errors import CheckpointError, UsageError
+from attar.prune.exporting import export, paths_of
 from attar.prune.groups import first_of_batch
 from attar.prune.naming import matching
 from attar.prune.operators import name_of
-from attar.prune.trace import export, paths_of
 from attar.prune.weights import Masked
 from attar.student import Student
 from attar.student.edits import Edit, submodule
@@ -96,7 +96,7 @@ def residual_blocks(
 
     Example:
         >>> from torch import nn; from attar.models.cifar_resnet import CifarResNet
-        >>> from attar.prune.trace import export
+        >>> from attar.prune.exporting import export
         >>> net, x = CifarResNet((2, 2, 2), 3, 10), (torch.zeros(1, 3, 32, 32),)
         >>> list(residual_blocks(net, x, export(net, x)))
         ['layer1.0', 'layer1.1', 'layer2.1', 'layer3.1']

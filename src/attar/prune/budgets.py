@@ -27,8 +27,9 @@ from attar.planning.layers import shapes_of
 from attar.planning.solver import Cost, OverBudget, cost_of, solve
 from attar.prune.blocks import residual_blocks, unexcluded, within, without_blocks
 from attar.prune.channels import Prunable, Pruned
-from attar.prune.costs import Options, Prices, costs, layers, tensors
+from attar.prune.costs import Options, Prices, costs, each_cost, layers, tensors
 from attar.prune.criteria.base import Calls, Criterion, observe
+from attar.prune.groups import first_of_batch
 from attar.prune.losses import Losses
 from attar.prune.plan import Block, Part, Plan
 from attar.prune.selection import Selection, Widths, atom_scores, select_channels
@@ -48,7 +49,7 @@ class Budget:
 
     limit: in `unit`. measure: what a whole student costs. price: what layers of some shapes cost,
     up to a common factor; `None` where cost goes by parameters. example: what layers are applied to
-    when they are priced; default: the one that is traced.
+    when they are priced; default: the first of those that are traced.
     """
 
     unit: Unit
@@ -165,12 +166,14 @@ class _Planner:
         self._scores = atom_scores(network.module, network.graph, criterion)
         self._losses = Losses(network.module, network.graph, self._scores, lost)
         self.gone: dict[str, bool] = {}
+        asked = budget.example or first_of_batch(example)
         if budget.price is None:
             self._pieces = tensors(self._graph, network.module)
         else:
-            self._pieces = layers(self._graph, shapes_of(network.module, budget.example or example))
+            self._pieces = layers(self._graph, shapes_of(network.module, asked))
         self._chosen: list[tuple[np.ndarray, float, float]] = []
         self._dropped: list[Block] = []
+        self._atoms = np.empty(0, np.int64)
         self.modelled, self.least = 0.0, False
         terms, fixed = self._costs([])
         self.whole = fixed + cost_of([0] * len(blocks), terms)
@@ -198,7 +201,8 @@ class _Planner:
             if chosen[n]
         ]
         self.gone = {block.path: self._blocks[block.path] for block in self._dropped}
-        return Selection(np.unique(np.concatenate([np.empty(0, np.int64), *atoms])))
+        self._atoms = np.unique(np.concatenate([np.empty(0, np.int64), *atoms]))
+        return Selection(self._atoms)
 
     def _parts(self) -> list[Options]:
         """By part, the atoms that each option removes; the first removes none."""
@@ -232,6 +236,7 @@ class _Planner:
             [part for part in parts if part.layers],
             self._graph.kept_whole(),
             self._dropped,
+            each_cost(self._pieces, self._atoms, self.gone, self._budget.price or _themselves),
         )
 
     def _part(self, gone: np.ndarray, lost: float, saves: float) -> Part:

@@ -99,6 +99,25 @@ def costs(
     return terms, fixed
 
 
+def each_cost(
+    pieces: Sequence[Piece], gone: np.ndarray, out: Iterable[str], prices: Prices
+) -> dict[str, tuple[float, float]]:
+    """What each piece costs, by path, whole and without the atoms in `gone` and the blocks in
+    `out`; what then costs nothing included."""
+    out = list(out)
+    before = {piece.path: piece.at(_counts(piece, _whole(piece))) for piece in pieces}
+    after = {
+        piece.path: piece.at(_counts(piece, _whole(piece) - _removed(piece, gone)))
+        for piece in pieces
+        if not within(piece.path, out)
+    }
+    found = prices(dict.fromkeys([*before.values(), *after.values()]))
+    return {
+        path: (float(found[key]), float(found[after[path]]) if path in after else 0.0)
+        for path, key in before.items()
+    }
+
+
 def _switch(piece: Piece, switches: Mapping[str, int]) -> int | None:
     """The part that takes a piece out."""
     return next((n for path, n in switches.items() if within(piece.path, [path])), None)
@@ -121,7 +140,7 @@ def _asked(piece: Piece, parts: Sequence[Options]) -> list[_Asked]:
         keys = np.empty([len(parts[n]) for n in of], dtype=object)
         for chosen in np.ndindex(keys.shape):
             gone = sum((removed[n][i] for n, i in zip(of, chosen, strict=True)), _whole(piece) * 0)
-            keys[chosen] = piece.at(tuple(int(n) for n in np.maximum(_whole(piece) - gone, 1)))
+            keys[chosen] = piece.at(_counts(piece, _whole(piece) - gone))
         return keys
 
     if len(owners) < 2:
@@ -140,6 +159,11 @@ def _maker(piece: Piece, owners: list[int], removed: list[list[np.ndarray]]) -> 
         if any(counts[i] for counts in removed[n] for i in made):
             return n
     return owners[0]
+
+
+def _counts(piece: Piece, left: np.ndarray) -> tuple[int, ...]:
+    """How many channels are left at each place, at least one."""
+    return tuple(int(n) for n in np.maximum(left, 1))
 
 
 def _whole(piece: Piece) -> np.ndarray:

@@ -18,7 +18,8 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import nn
 
-from attar.prune.trace import Mode, Role, Trace
+from attar.prune.exporting import Mode
+from attar.prune.trace import Role, Trace
 from attar.training.evaluation import evaluating, evaluating_all
 
 

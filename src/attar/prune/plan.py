@@ -54,7 +54,9 @@ class Plan:
 
     unit, limit: the budget. before, after: what the network costs, measured. criterion: by which
     channels were ranked. losses: what `lost` counts. kept: layers that can't be narrowed, and why.
-    blocks: residual blocks that go; none of the parts' layers is within one.
+    blocks: residual blocks that go; none of the parts' layers is within one. costs: what each layer
+    costs before and after, by the model of costs: multiply-accumulates, parameters (of each tensor,
+    where the budget is of these or of bytes), or microseconds measured in the runtime.
     """
 
     unit: str
@@ -66,6 +68,7 @@ class Plan:
     parts: list[Part]
     kept: dict[str, str] = field(default_factory=dict)
     blocks: list[Block] = field(default_factory=list)
+    costs: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """As `plan.json` has it."""
@@ -109,6 +112,7 @@ class Plan:
                 Block(str(b["path"]), float(b["lost"]), float(b["saves"]))
                 for b in record.get("blocks", [])
             ],
+            costs={str(k): (float(v[0]), float(v[1])) for k, v in record.get("costs", {}).items()},
         )
 
     def selection(self, graph: ChannelGraph) -> Selection:

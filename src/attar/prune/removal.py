@@ -14,9 +14,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from attar.errors import AttarError, CheckpointError
+from attar.prune.exporting import where_failed
 from attar.prune.groups import ChannelGraph
 from attar.prune.masking import masked, masked_answers, outputs
-from attar.prune.trace import where_failed
 from attar.student.edits import Edit, submodule
 from attar.training.evaluation import evaluating
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,13 +12,11 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from attar.errors import ExportError
+from attar.prune.exporting import paths_of, whole_program
 from attar.prune.labels import NOTHING, Ties, main_dimension, stored, tidy, varying
 from attar.prune.operators import LATE, SIZED, SPLITS, find_rule, name_of
 from attar.prune.sources import Attribute, frames, sizes
-from attar.training.evaluation import evaluating, evaluating_all
 
-Mode = Callable[[nn.Module], AbstractContextManager[None]]
 Role = Literal["out", "in", "own", "attribute"]
 
 _FOLLOWED = 1 << 21
@@ -113,7 +109,7 @@ class Trace:
         self._undecided: dict[Node, list[Tensor]] = {}
         self._shaped: list[tuple[Node, Tensor]] = []
         self._cuts: list[tuple[Node, Tensor, int, list[range]]] = []
-        self.program, self.training = _whole_program(module, example)
+        self.program, self.training = whole_program(module, example)
         program = self.program
         signature = program.graph_signature
         self._stored = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -477,70 +473,6 @@ _TAKES_WEIGHTS = {
     "linear", "embedding", "batch_norm", "instance_norm", "layer_norm", "rms_norm", "group_norm",
     "prelu",
 }  # fmt: skip
-
-
-def _whole_program(
-    module: nn.Module, example: tuple[Any, ...]
-) -> tuple[torch.export.ExportedProgram, bool]:
-    """The network's graph, and whether it has branches that only run in training: where without
-    them some parameters would have no part in it."""
-    program = export(module, example)
-    idle = _idle(program)
-    if idle:
-        with suppress(ExportError):
-            whole = export(module, example, evaluating_all)
-            if len(_idle(whole)) < len(idle):
-                return whole, True
-    return program, False
-
-
-def _idle(program: torch.export.ExportedProgram) -> list[str]:
-    """The parameters that no operator of a graph reads."""
-    stored = program.graph_signature.inputs_to_parameters
-    return [n.name for n in program.graph.nodes if n.name in stored and not n.users]
-
-
-def export(
-    module: nn.Module, example: tuple[Any, ...], mode: Mode = evaluating
-) -> torch.export.ExportedProgram:
-    """The network's graph in eval mode, for one example. Raises `ExportError`."""
-    try:
-        with mode(module), _caching_nothing(module), torch.inference_mode(False):
-            return torch.export.export(module, example, strict=False)
-    except Exception as error:  # whatever the person's forward raises under tracing
-        raise ExportError(
-            f"the network's graph can't be read by torch.export, which stops at "
-            f"{where_failed(error)}; its channels can't be pruned, but granularity: weight works"
-        ) from None
-
-
-@contextmanager
-def _caching_nothing(module: nn.Module) -> Iterator[None]:
-    """Language models of transformers without the keys and values they keep for generating."""
-    config: Any = getattr(module, "config", None)
-    before = getattr(config, "use_cache", None)
-    try:
-        if before is not None:
-            config.use_cache = False
-        yield
-    finally:
-        if before is not None:
-            config.use_cache = before
-
-
-def paths_of(node: Node) -> list[str]:
-    """The paths of the modules that a node was written in, outermost first."""
-    stack = (node.meta.get("nn_module_stack") or {}).values()
-    return [path.split("@")[0] for path, _ in stack] or [""]
-
-
-def where_failed(error: Exception) -> str:
-    """The line of the network's own code that failed, and what it said."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if "/torch/" not in f.filename and "/attar/prune/" not in f.filename]
-    place = f"{Path(own[-1].filename).name}:{own[-1].lineno}: {own[-1].line} " if own else ""
-    said = str(error).strip().splitlines()
-    return f"{place}({said[0].strip() if said else type(error).__name__})"
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -307,6 +307,12 @@ class Prune(Budgets, Stage):
         if not isinstance(self.schedule, Regrow):
             return training.recovered(student, run, label)
         (masked,) = (edit for edit in student.edits if isinstance(edit, Masked))
+        changes = int(self.schedule.until * training.epochs * _steps(run, training))
+        if changes <= self.schedule.every:
+            raise UsageError(
+                f"regrow: nothing would move: zeros stay from step {changes} on, and the first "
+                f"change is at step {self.schedule.every}: give a smaller every, or more epochs"
+            )
         moving = Regrowing(
             masked,
             share=self.schedule.regrow,

@@ -32,6 +32,13 @@ from attar.units import parse_size
 
 CALIBRATED = 32
 """Training examples that grids are chosen from where an int8 file is measured."""
+LAYERS = {
+    "macs": "macs_of_layers",
+    "parameters": "parameters_of_tensors",
+    "size": "parameters_of_tensors",
+    "latency_ms": "microseconds_of_layers",
+}
+"""What a run calls the costs that a plan went by."""
 SEEN = 512
 """Validation examples on which it is measured what a part of the network loses."""
 
@@ -118,8 +125,14 @@ class Planner:
             )
             amounts = (plan.before, plan.after, plan.limit)
             self._tell("{} {} → {}, of {}".format(plan.unit, *map(shown, amounts)))
-        kept = {"before": plan.before, "limit": plan.limit, "after": plan.after}
+        limit = int(plan.limit) if plan.unit != "latency_ms" else plan.limit
+        kept = {"before": plan.before, "limit": limit, "after": plan.after}
         self._run.found.update({plan.unit: kept, "plan": plan.to_json()})
+        if plan.costs:
+            self._run.found[LAYERS[plan.unit]] = {
+                layer: {"before": before, "after": after}
+                for layer, (before, after) in plan.costs.items()
+            }
         return narrow, pruned
 
     def _budget(self, student: Student) -> Budget:
@@ -140,8 +153,8 @@ class Planner:
             int8 = self._settings.precision == "int8"
             times = LayerTimes(run.runtime, run.threads, tell=self._measuring, int8=int8)
             price = times.microseconds
-        example = self._asked if unit == "latency_ms" else self._example
-        return Budget(unit, amount, measure, price, _on(example, student))
+        asked = _on(self._asked, student) if unit == "latency_ms" else None
+        return Budget(unit, amount, measure, price, asked)
 
     def _deployed(self, student: Student) -> Student:
         """The student whose file is measured: quantized, on a look at a few examples, where that is

@@ -93,7 +93,10 @@ def _random_state_kept(device: torch.device) -> AbstractContextManager[None]:
 
 
 class SquaredProducts(ByGradient):
-    """Scores by squares of w · ∂L/∂w, summed over a channel first, averaged over batches."""
+    """Scores by squares of w · ∂L/∂w, summed over a channel first, averaged over batches: estimates
+    of what the loss changes by, whichever the layer."""
+
+    comparable = True
 
     def __init__(self) -> None:
         super().__init__()
