@@ -3,6 +3,7 @@
 import json
 import tempfile
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,12 +16,13 @@ from torch import nn
 from attar.data.base import Batch
 from attar.errors import UsageError
 from attar.measure.cost import parameters
+from attar.prune.channels import Prunable
 from attar.runtimes.target import Target
 from attar.stages.base import Context, stages
 from attar.stages.prune import Prune
 from attar.student import Student
 from attar.training.config import Training
-from run_fixture import ledger_of, run_recipe, write_recipe
+from run_fixture import ledger_of, run_recipe, stops_after, write_recipe
 
 
 class Digits:
@@ -286,6 +288,31 @@ def test_milliseconds_that_may_be_left_are_measured(recipe, monkeypatch):
     assert "layers in onnxruntime, once on this machine" in told
     assert found["latency_ms"]["before"] == timed[0] and found["latency_ms"]["after"] in timed[1:]
     assert found["latency_ms"]["after"] <= found["latency_ms"]["limit"] == 0.9 * timed[0]
+
+
+def test_a_plan_that_was_begun_is_gone_on_with(recipe, monkeypatch):
+    """Times differ from one moment to the next; what was trained must still fit the plan."""
+    slower = iter(range(1, 100))
+
+    def latency_ms(target: Target, student: Student) -> float:
+        return parameters(student.module) / 1e4 + next(slower) * 1e-3
+
+    monkeypatch.setattr(Target, "latency_ms", latency_ms)
+    stages = "stages=[{prune: {latency_ms: 90%, floor: 2, recover: {epochs: 2, batch_size: 32}}}]"
+    folder = Path(tempfile.mkdtemp(dir=recipe.parent)) / "run"
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe, folder, stages, tell=stops_after(1, "recover"))
+    monkeypatch.setattr(Prunable, "prune", no_choice_is_made_anew(Prunable.prune))
+    run_recipe(recipe, folder, stages, heard=[], resume=True)
+    assert json.loads((folder / "stages/01-prune/plan.json").read_text())["unit"] == "latency_ms"
+
+
+def no_choice_is_made_anew(prune):
+    def checked(self, select):
+        assert not isinstance(select, partial), "a plan was made anew"
+        return prune(self, select)
+
+    return checked
 
 
 def test_a_plan_given_back_makes_the_same_student(recipe):

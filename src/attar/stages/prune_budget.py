@@ -20,12 +20,13 @@ from attar.prune import Pruned, Widths
 from attar.prune.budgets import Budget, Unit, prune_to_budget, shown
 from attar.prune.costs import Prices
 from attar.prune.criteria import Calls, Criterion
-from attar.prune.plan import Plan, prune_by_plan
+from attar.prune.plan import Plan, prune_by_plan, readable
 from attar.quantize.edit import Scheme
 from attar.quantize.post_training import quantize
 from attar.runtimes.base import runtimes
 from attar.runtimes.target import Target
 from attar.stages.base import Context
+from attar.store import write_whole
 from attar.student import Student
 from attar.training.evaluation import device_of, evaluating, to_device
 from attar.units import parse_size
@@ -40,7 +41,10 @@ LAYERS = {
 }
 """What a run calls the costs that a plan went by."""
 SEEN = 512
-"""Validation examples on which it is measured what a part of the network loses."""
+"""Validation examples on which it is measured what a part of the network loses; of a large network
+fewer, so that all take no more than `SEEN_MACS` multiply-accumulates, but at least `SEEN_LEAST`."""
+SEEN_MACS = 256e9
+SEEN_LEAST = 128
 
 
 def parse_amount(value: object) -> float | str:
@@ -107,9 +111,11 @@ class Planner:
 
     def prune(self, student: Student, criterion: Criterion, calls: Calls) -> tuple[Student, Pruned]:
         """The narrower student; the plan goes to the run's findings."""
-        example = _on(self._example, student)
-        if self._settings.plan is not None:
-            plan = Plan.read(self._settings.plan)
+        example, begun = _on(self._example, student), self._run.work / "plan.json"
+        # what an interrupted stage chose by times must not be chosen anew: it was trained since
+        given = self._settings.plan or (begun if begun.exists() else None)
+        if given is not None:
+            plan = Plan.read(given)
             narrow, pruned = prune_by_plan(student, example, plan, self._exclude)
         else:
             narrow, pruned, plan = prune_to_budget(
@@ -123,6 +129,8 @@ class Planner:
                 lost=moved(self._run, student) if self._settings.sensitivity else None,
                 depth=self._settings.depth,
             )
+            self._run.work.mkdir(parents=True, exist_ok=True)
+            write_whole(begun, readable(plan.to_json()))
             amounts = (plan.before, plan.after, plan.limit)
             self._tell("{} {} → {}, of {}".format(plan.unit, *map(shown, amounts)))
         limit = int(plan.limit) if plan.unit != "latency_ms" else plan.limit
@@ -211,9 +219,11 @@ def moved(run: Context, student: Student) -> Callable[[nn.Module], float]:
     """How far a network's answers are from the student's on a part of the validation split: the
     mean divergence of one's probabilities from the other's, in nats."""
     task, device, split = run.task, device_of(student.module), run.data.validation
+    each = macs(student.module, _on(task.example(run.data), student))
+    count = min(SEEN, max(SEEN_LEAST, int(SEEN_MACS / max(each, 1))))
     batches = [
         task.arguments(to_device(batch, device))
-        for batch in islice(split.batches(128, shuffle=True, seed=run.seed), SEEN // 128)
+        for batch in islice(split.batches(128, shuffle=True, seed=run.seed), count // 128)
     ]
 
     def answers(module: nn.Module) -> Tensor:
