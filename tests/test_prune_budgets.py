@@ -1,6 +1,7 @@
 """Pruning to a budget: kept, at the least loss; the plan read, edited and replayed."""
 
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -258,3 +259,38 @@ def test_a_plan_says_what_each_layer_costs(unit):
     assert before == whole_cost
     assert after == pytest.approx(whole(unit, student.module, IMAGES), rel=1e-9)
     assert Plan.from_json(plan.to_json()).costs == plan.costs
+
+
+class Wide(nn.Module):
+    """A layer that the code wants as wide as it was written, which no graph shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(12, 32), nn.Linear(32, 32), nn.Linear(32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x).relu()
+        if len(self.b.weight) != 32:
+            raise ValueError("b is no longer 32 wide")
+        return self.head(self.b(y).relu())
+
+
+def test_a_part_that_the_network_does_not_run_without_stays():
+    torch.manual_seed(0)
+    net, x = Wide().eval(), torch.randn(4, 12)
+    for lost in (None, lambda m: m(x).square().mean().item()):
+        student, said, plan = pruned(net, x, "parameters", 0.8 * parameters(net), lost=lost)
+        assert student.module.b.out_features == 32 and student.module.a.out_features < 32
+        assert "b is no longer 32 wide" in said.undone["b"] and "b" in plan.kept
+        assert [part.layers for part in plan.parts] == [["a"]]
+
+
+def test_losses_that_are_no_numbers_keep_a_part_whole():
+    net = resnet()
+
+    def lost(narrow: nn.Module) -> float:
+        return math.nan if narrow.layer1[0].conv1.out_channels < 16 else 0.0
+
+    _, said, plan = pruned(net, IMAGES, "macs", 0.8 * whole("macs", net, IMAGES), lost=lost)
+    assert said.widths["layer1.0.conv1"] == (16, 16) and plan.parts
+    assert "gives no numbers" in plan.kept["layer1.0.conv1"]

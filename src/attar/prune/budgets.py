@@ -15,7 +15,7 @@ Pruning".
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -39,6 +39,7 @@ Unit = Literal["macs", "parameters", "size", "latency_ms"]
 SHARES = tuple(n / 8 for n in range(8))
 """Of a part's channels that an option removes."""
 ATTEMPTS = 6
+_NEEDED = "without some of its channels alone, the network doesn't run or gives no numbers"
 CLOSE = 0.97
 """Of the budget; a network that costs less has lost more than it had to."""
 
@@ -102,6 +103,7 @@ def prune_to_budget(
     planner = _Planner(
         network, example, budget, criterion, widths or Widths(round_to=1), lost, blocks
     )
+    undone = planner.learn().undone
     best: tuple[Student, Pruned, Plan] | None = None
     known = ((0.0, 0.0), (planner.whole, whole))  # by the model, and measured
     for _ in range(ATTEMPTS):
@@ -109,7 +111,8 @@ def prune_to_budget(
         small = without_blocks(narrow, planner.gone)
         cost = budget.measure(small)
         if cost <= budget.limit and (best is None or cost > best[2].after):
-            best = (small, said.without(planner.gone), planner.plan(whole, cost))
+            said = replace(said.without(planner.gone), undone={**undone, **said.undone})
+            best = (small, said, planner.plan(whole, cost))
         if CLOSE * budget.limit <= cost <= budget.limit or planner.least:
             break
         known = ((planner.whole, whole), (planner.modelled, cost))
@@ -178,11 +181,28 @@ class _Planner:
         terms, fixed = self._costs([])
         self.whole = fixed + cost_of([0] * len(blocks), terms)
 
+    def learn(self) -> Pruned:
+        """Lets the graph find out what must stay, or stay as wide as something else, by removing as
+        much as any option does; says what that was."""
+        widths, ratio = self._widths, SHARES[-1]
+        _, said = self._network.prune(
+            lambda: select_channels(self._graph, self._scores, widths=widths, ratio=ratio)
+        )
+        known = {path: self._losses.of_block(path, w) for path, w in self._blocks.items()}
+        self._blocks = {p: w for p, w in self._blocks.items() if np.isfinite(known[p]).all()}
+        return said
+
     def select(self, target: float) -> Selection:
         """The choice that loses least at no more than `target`, by the model of costs; where there
         is none, the cheapest."""
-        parts = self._parts()
-        losses = [self._losses.of_part(options) for options in parts]
+        parts, losses = [], []
+        for options in self._parts():
+            lost = self._losses.of_part(options)
+            if np.isfinite(lost).all():
+                parts.append(options)
+                losses.append(lost)
+            else:
+                self._graph.freeze(np.concatenate(options), _NEEDED)
         losses += [self._losses.of_block(path, wrapped) for path, wrapped in self._blocks.items()]
         terms, fixed = self._costs(parts)
         self.least = False
@@ -191,12 +211,12 @@ class _Planner:
         except OverBudget as error:
             chosen, self.least = error.chosen, True
         self.modelled = fixed + cost_of(chosen, terms)
-        lost = [float(loss[i]) for loss, i in zip(losses, chosen, strict=True)]
+        taken = [float(loss[i]) for loss, i in zip(losses, chosen, strict=True)]
         saves = [_saved(terms, n, i, len(chosen)) / self.whole for n, i in enumerate(chosen)]
         atoms = [options[i] for options, i in zip(parts, chosen, strict=False)]
-        self._chosen = list(zip(atoms, lost, saves, strict=False))
+        self._chosen = list(zip(atoms, taken, saves, strict=False))
         self._dropped = [
-            Block(path, lost[n], saves[n])
+            Block(path, taken[n], saves[n])
             for n, path in enumerate(self._blocks, start=len(parts))
             if chosen[n]
         ]

@@ -41,15 +41,20 @@ class Losses:
 
     def of_part(self, options: Sequence[np.ndarray]) -> np.ndarray:
         """What each option of a part loses, float (options,): the atoms it removes, more and more.
-        Measured at the middle and the last one; between, losses grow with the scores."""
+        Measured at the middle and the last one; between, losses grow with the scores. Infinite
+        where the network doesn't run without the part alone."""
         summed = np.array([self._summed(gone) for gone in options])
         if self._lost is None:
             return summed
         at = sorted({0, len(options) // 2, len(options) - 1})
-        return np.interp(summed, summed[at], [self._without(options[i]) for i in at])
+        measured = np.array([self._without(options[i]) for i in at])
+        if not np.isfinite(measured).all():
+            return np.full(len(options), np.inf)
+        return np.interp(summed, summed[at], measured)
 
     def of_block(self, path: str, wrapped: bool) -> np.ndarray:
-        """What is lost with a block and without, float (2,): nothing, and what is measured."""
+        """What is lost with a block and without, float (2,): nothing, and what is measured; as of
+        `of_part`."""
         return np.array([0.0, self._worse(path, BlocksRemoved({path: wrapped}))])
 
     def _summed(self, gone: np.ndarray) -> float:
@@ -63,9 +68,13 @@ class Losses:
         """How much worse the network is after an edit; never better. Measured once."""
         assert self._lost is not None
         if key not in self._known:
-            small = copy.deepcopy(self._module)
+            whole, small = self._whole, copy.deepcopy(self._module)
             edit.replay(small)
-            self._known[key] = max(self._lost(small) - self._whole, 0.0)
+            try:
+                worse = self._lost(small) - whole
+            except Exception:  # whatever the person's forward raises on such a network
+                worse = np.inf
+            self._known[key] = np.inf if np.isnan(worse) else max(worse, 0.0)
         return self._known[key]
 
     @cached_property
