@@ -202,7 +202,8 @@ class _Planner:
                 parts.append(options)
                 losses.append(lost)
             else:
-                self._graph.freeze(np.concatenate(options), _NEEDED)
+                whole = next(f for f in self._graph.families() if options[-1][0] in f)
+                self._graph.freeze(whole, _NEEDED)
         losses += [self._losses.of_block(path, wrapped) for path, wrapped in self._blocks.items()]
         terms, fixed = self._costs(parts)
         self.least = False
