@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from attar.errors import ConstraintBroken, DataError, ExportError
 from attar.prune import Masked
 from attar.quantize import Scheme, quantize, quantized_reference, ranges, safe_on, weight_bits
 from attar.quantize.ranges import Histogram
+from attar.quantize.ranges.entropy import divergence
 from attar.runtimes.onnxruntime import OnnxRuntime
 from attar.runtimes.onnxruntime_graph import optimise_file
 from attar.runtimes.onnxruntime_profile import operators
@@ -313,6 +315,52 @@ def test_a_histogram_counts_every_value_but_zero_whatever_comes_when(parts):
     for name in ranges.names():
         low, high = ranges.get(name)(seen)
         assert seen.low <= low <= 0 <= high <= seen.high
+
+
+@pytest.mark.parametrize("ends", [(-4.0, 4.0), (-2.0, 3.0), (0.0, 1.5), (-0.5, 0.0)])
+def test_the_entropy_of_a_range_is_that_of_its_definition(ends):
+    """By a loop over bins, from the paper's description."""
+    values = torch.randn(2000, generator=torch.Generator().manual_seed(0)).tolist()
+    seen = Histogram()
+    seen.add(torch.tensor(values))
+    low, high = ends
+    bins = {}
+    for centre, count in zip(seen.centres().tolist(), seen.counts.tolist(), strict=True):
+        if low <= centre <= high:
+            bins[centre] = count
+    outside = {"below": 0.0, "above": 0.0}
+    for centre, count in zip(seen.centres().tolist(), seen.counts.tolist(), strict=True):
+        if centre < low:
+            outside["below"] += count
+        elif centre > high:
+            outside["above"] += count
+    p = dict(bins)
+    p[min(bins)] += outside["below"]
+    p[max(bins)] += outside["above"]
+    steps: dict[int, list[float]] = {}
+    for centre in bins:
+        steps.setdefault(min(int((centre - low) * 255 / (high - low)), 254), []).append(centre)
+    q = dict.fromkeys(bins, 0.0)
+    for members in steps.values():
+        some = [c for c in members if bins[c]]
+        for c in some:
+            q[c] = sum(bins[m] for m in members) / len(some)
+    total_p, total_q = sum(p.values()), sum(q.values())
+    wanted = sum(
+        (count / total_p) * math.log((count / total_p) / max(q[c] / total_q, 1e-9))
+        for c, count in p.items()
+        if count
+    )
+    assert divergence(seen, low, high) == pytest.approx(wanted, rel=1e-9)
+
+
+def test_entropy_clips_what_hardly_comes():
+    values = torch.randn(100_000, generator=torch.Generator().manual_seed(0)).abs()
+    values[0] = 100.0
+    seen = Histogram()
+    seen.add(values)
+    low, high = ranges.get("entropy")(seen)
+    assert low == 0 and 2 < high < 30
 
 
 def test_outliers_are_clipped_where_that_helps():

@@ -49,8 +49,8 @@ class Quantize(Stage):
     calibration: int = Field(512, ge=1)
     """Training examples to look at, not augmented; memory doesn't grow with them."""
     observer: str = "mse"
-    """How a grid's range is chosen from what was seen: `mse` (least squared error), `percentile`
-    (all but the outermost values) or `minmax`."""
+    """How a grid's range is chosen from what was seen: `mse` (least squared error), `entropy`
+    (least KL divergence), `percentile` (all but the outermost values) or `minmax`."""
     weight_bits: WeightBits | Literal["auto"] = "auto"
     """8, or 7 where 8-bit products overflow: x86 without VNNI. `auto` asks this machine; 7 is safe
     anywhere."""
