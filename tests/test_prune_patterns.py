@@ -604,7 +604,7 @@ def test_every_pattern_reads_back(n_m):
         ({"pattern": "2:4", "ratio": "auto"}, "leave ratio: auto out"),
         ({"pattern": "2:4", "criterion": "threshold", "threshold": 1.0}, "leave threshold and"),
         ({"pattern": "2:4", "scope": "global"}, "leave scope: global out"),
-        ({"pattern": "2:4", "schedule": {"cubic": 3}, "recover": {}}, "the gradual schedule"),
+        ({"pattern": "2:4", "schedule": {"cubic": 3}, "recover": {}}, "leave schedule out"),
         ({"pattern": "4:2"}, "is not N:M"),
         ({"pattern": "0:4"}, "is not N:M"),
         ({"block": [0, 4], "ratio": 0.5}, "whole numbers from 1"),

@@ -14,13 +14,22 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import attar
 from attar.distill.head import reuse_head
 from attar.errors import CheckpointError, ConstraintBroken, StorageError
 from attar.models import build
 from attar.models.base import ModelSpec
-from attar.prune import ChannelsRemoved, Masked, criteria, prune_channels, prune_weights
+from attar.models.cifar_resnet import CifarResNet
+from attar.prune import (
+    ChannelsRemoved,
+    Masked,
+    criteria,
+    prune_channels,
+    prune_weights,
+    without_blocks,
+)
 from attar.quantize import Quantized
 from attar.quantize.edit import Scheme
 from attar.share import Shared, share_weights
@@ -56,6 +65,24 @@ def make_attending() -> nn.Module:
     )
 
 
+def make_residual() -> nn.Module:
+    torch.manual_seed(0)
+    return CifarResNet((2, 1, 1), 1, 10)
+
+
+def make_normed() -> nn.Module:
+    """Convolutions that compute their weight."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        weight_norm(nn.Conv2d(1, 16, 3, padding=1)),
+        nn.ReLU(),
+        weight_norm(nn.Conv2d(16, 16, 3, padding=1)),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, 10),
+    )
+
+
 def no_spec(spec: ModelSpec) -> nn.Module:
     raise AssertionError("a handed-in module needs no spec")
 
@@ -81,6 +108,16 @@ def removed(student: Student) -> Student:
 def freed(student: Student) -> Student:
     narrow, _ = prune_channels(student, (IMAGES,), criterion=magnitude(), ratio=0.5)
     assert narrow.module[2].self_attn.in_proj_weight.shape == (24, 8)  # two heads of four units
+    return narrow
+
+
+def shallower(student: Student) -> Student:
+    return without_blocks(student, {"layer1.1": False})
+
+
+def folded(student: Student) -> Student:
+    narrow, _ = prune_channels(student, (IMAGES,), criterion=magnitude(), ratio=0.5)
+    assert type(narrow.module[0]) is nn.Conv2d and narrow.module[0].out_channels == 8
     return narrow
 
 
@@ -114,6 +151,8 @@ WAYS = {
     "masked": [masked],
     "channels-removed": [removed],
     "heads-freed": [freed],
+    "blocks-removed": [shallower],
+    "weights-folded": [folded],
     "shared": [shared],
     "quantized": [quantized],
     "all": [removed, masked, shared, quantized],
@@ -121,8 +160,11 @@ WAYS = {
     "teacher-head first": [headed, masked, shared],
     "heads-freed, masked, shared": [freed, masked, shared],
     "masked, heads-freed": [masked, freed],
+    "masked, blocks-removed, shared": [masked, shallower, shared],
+    "weights-folded, masked, shared": [folded, masked, shared],
 }
-NETS = {way: make_attending for way, steps in WAYS.items() if freed in steps}
+MADE_FOR = {freed: make_attending, shallower: make_residual, folded: make_normed}
+NETS = {way: MADE_FOR[step] for way, steps in WAYS.items() for step in steps if step in MADE_FOR}
 
 
 def made(*steps, net=make_net) -> Student:
@@ -362,7 +404,10 @@ def test_a_wrong_record_is_refused(saved, changes, said):
     assert "\n" not in str(caught.value)
 
 
-KINDS = ["masked", "shared", "channels-removed", "heads-freed", "quantized", "teacher-head"]
+KINDS = [
+    "masked", "shared", "channels-removed", "heads-freed", "blocks-removed", "weights-folded",
+    "quantized", "teacher-head",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
