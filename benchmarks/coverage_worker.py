@@ -221,6 +221,7 @@ def difference_to_masked(
     stay, and attention is scaled as it was, in double precision: all that a tool may reasonably do.
     """
     torch.backends.mha.set_fastpath_enabled(False)  # it would hide attention's scale
+    module = as_computed(module, pruned, example)
     removal = removed_from(module, pruned)
     zeroed = masked(module, removal)
     first = difference(answers_of(pruned, example), answers_of(zeroed, example))
@@ -242,6 +243,40 @@ def difference_to_masked(
             continue
         found.append(difference(answers, wanted))
     return min(found)
+
+
+def as_computed(module: nn.Module, pruned: nn.Module, example: tuple[Tensor, ...]) -> nn.Module:
+    """The network with plain convolutions, of the weights that its own compute, wherever the pruned
+    network has plain ones; held against its answers."""
+    plain, known = copy.deepcopy(module), dict(module.named_modules())
+    for path, layer in pruned.named_modules():
+        own: Any = known.get(path)
+        if type(layer) is nn.Conv2d and isinstance(own, nn.Conv2d) and type(own) is not nn.Conv2d:
+            conv = nn.Conv2d(
+                own.in_channels, own.out_channels, own.kernel_size, own.stride,  # type: ignore[arg-type]
+                own.padding, own.dilation, own.groups, own.bias is not None,  # type: ignore[arg-type]
+            )  # fmt: skip
+            conv.weight, conv.bias = nn.Parameter(weight_applied(own)), own.bias
+            plain.set_submodule(path, conv)
+    if difference(answers_of(plain, example), answers_of(module, example)) > TOLERANCE:
+        raise ValueError("the pruned network's plain layers don't stand for what was there")
+    return plain
+
+
+def weight_applied(layer: nn.Conv2d) -> Tensor:
+    """The weight that a convolution hands on when it is called."""
+    convolve, seen = F.conv2d, []
+
+    def noting(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        seen.append(weight.detach())
+        return convolve(x, weight, *args, **kwargs)
+
+    F.conv2d = noting
+    try:
+        layer(torch.zeros(1, layer.in_channels, *layer.kernel_size))
+    finally:
+        F.conv2d = convolve
+    return seen[0]
 
 
 def _first(example: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
