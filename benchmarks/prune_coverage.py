@@ -25,6 +25,8 @@ The check is the same for both tools and knows nothing of what they say they did
 is read off the weights that are left, and the same weights are set to zero in a copy. Where that
 answers otherwise, the copy computes norms, means and softmaxes over channels over those that stay,
 and the pruned network's attention is scaled as it was: a narrower head may scale by its new width.
+Where the pruned network has a plain convolution for one that computes its weight, so has the copy,
+with the weight as it was computed.
 
 Torch-Pruning (`pip install torch-pruning==1.6.1`, no dependency of Attar's) gets what its README
 gives, and the rules that its examples for torchvision, timm and BERT add, for every network alike:
