@@ -98,7 +98,7 @@ def line(
     if known is not None:
         return known
     job = job_of(recipe)
-    target, original = target_of(job), job.teacher.fresh()
+    target, original = target_of(job, arguments.quick), job.teacher.fresh()
     whole = target.latency_ms(original)
     changes: dict[str, Any] = {"ratio": None, "latency_ms": f"{share}%"}
     if method != "plan":
@@ -112,16 +112,16 @@ def line(
         return {
             "latency_ms": target.latency_ms(student),
             "original_ms": whole,
-            "int8": in_int8(job, original, student),
+            "int8": in_int8(job, original, student, arguments.quick),
         }
 
     keep = not arguments.quick
     return LOG.trained(recipe, label, setting, keep=keep, also=measured, **changes)
 
 
-def in_int8(job: Job, original: Student, student: Student) -> Line:
+def in_int8(job: Job, original: Student, student: Student, quick: bool) -> Line:
     """What the quantized networks take, and which test images the smaller one gets right."""
-    target = target_of(job)
+    target = target_of(job, quick)
     work = Path("runs") / "benchmarks" / job.name / "int8"
     run = Context(job.task, job.data, None, job.seed, work, runtime=job.deploy.runtime)
     before, after = (Quantize(fallback="off").apply(one.copy(), run) for one in (original, student))
@@ -144,7 +144,7 @@ def in_int8(job: Job, original: Student, student: Student) -> Line:
     }
 
 
-def target_of(job: Job) -> Target:
+def target_of(job: Job, quick: bool) -> Target:
     example = job.task.example(job.data)
     batch = next(iter(job.data.validation.batches(job.deploy.batch)))
     return Target(
@@ -154,6 +154,7 @@ def target_of(job: Job) -> Target:
         (["input"], ["output"]),
         tuple(x.numpy() for x in job.task.arguments(batch)[0]),
         job.deploy.threads,
+        seconds=0.3 if quick else 1.5,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -104,6 +105,7 @@ def train(
     started = time.perf_counter()
     student = stage.apply((job.student or job.teacher).fresh(job.seed + 1), run)
     seconds = time.perf_counter() - started
+    shutil.rmtree(run.work, ignore_errors=True)  # what is finished must not be gone on with
     validation, test = (
         job.task.hits(statistics_of(student.module, split, job.task)).astype(bool)
         for split in (job.data.validation, job.data.test)

@@ -264,6 +264,7 @@ def test_bytes_that_may_be_left_are_those_of_the_file(recipe):
     assert 20_000 < after["bundle"]["bytes"] <= 25_500  # the row's file has its description in it
 
 
+@pytest.mark.long
 def test_bytes_can_be_those_of_the_quantized_file(recipe):
     _, after, folder = after_pruning(recipe, "stages=[{prune: {size: 8KB, precision: int8}}]")
     found = json.loads((folder / "details.json").read_text())["found"]["01-prune"]["size"]

@@ -238,7 +238,7 @@ def test_grouped_queries_go_with_their_key():
     assert module.model.embed_tokens.weight.shape == (100, 32)
 
 
-@pytest.mark.parametrize("name", ["Bert", "Llama"])
+@pytest.mark.parametrize("name", ["Bert", pytest.param("Llama", marks=pytest.mark.long)])
 def test_layers_are_blocks_that_can_go(name, tmp_path):
     module = configured(name)
     blocks = residual_blocks(module, (IDS,), export(module, (IDS[:1],)))
