@@ -338,6 +338,8 @@ def test_a_budget_out_of_reach_is_an_error_that_says_how_far_one_gets(recipe):
         ({"macs": "50%", "granularity": "weight"}, "macs is for granularity: channel"),
         ({"latency_ms": 1, "scope": "global"}, "latency_ms says by itself what goes where"),
         ({"macs": "50%", "precision": "int8"}, "precision says of which file size and latency_ms"),
+        ({"ratio": 0.5, "depth": False}, "depth is for a budget"),
+        ({"ratio": 0.5, "sensitivity": False}, "sensitivity is for a budget"),
         ({"macs": "120%"}, "no share to keep: it lies between"),
         ({"macs": -5}, "-5 is no amount"),
         ({"parameters": "many"}, "'many' is no amount"),

@@ -133,6 +133,11 @@ class Prune(Budgets, Stage):
             raise ValueError(
                 "precision says of which file size and latency_ms are: give one of them"
             )
+        if not self.budgets and not (self.sensitivity and self.depth):
+            unused = "depth" if self.sensitivity else "sensitivity"
+            raise ValueError(
+                f"{unused} is for a budget (macs, parameters, size or latency_ms): leave it out"
+            )
         if self.plan is not None and not self.plan.is_file():
             raise ValueError(f"there is no plan {self.plan}")
         return self

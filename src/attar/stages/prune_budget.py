@@ -169,8 +169,9 @@ class Planner:
         what counts."""
         if self._settings.precision == "float32":
             return student
-        scheme = Scheme(runtime=self._run.runtime, calibration=CALIBRATED)
-        task, seen = self._run.task, self._run.data.train.pick(range(CALIBRATED))
+        task, train = self._run.task, self._run.data.train
+        seen = train.pick(range(min(CALIBRATED, len(train))))
+        scheme = Scheme(runtime=self._run.runtime, calibration=len(seen.inputs))
         shapes = task.dynamic_shapes(self._example)
         examples = [task.arguments(seen)[0]]
         return quantize(student, scheme, examples, example=self._example, dynamic_shapes=shapes)

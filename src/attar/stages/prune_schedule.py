@@ -104,7 +104,7 @@ Schedule = Annotated[
         _kind,
         custom_error_type="schedule",
         custom_error_message=(
-            "is one-shot, {iterative: steps}, {cubic: steps}, {regrow: share} or {rewind: rounds}"
+            "one-shot, {iterative: steps}, {cubic: steps}, {regrow: share} or {rewind: rounds}"
         ),
     ),
 ]
