@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 import json
 import os
@@ -136,6 +137,17 @@ def test_lists_say_what_each_part_is() -> None:
         assert parts, kind
         assert all(parts.values()), kind
     assert "cifar-resnet20" in attar("list", "models").stdout
+
+
+def test_runtimes_are_listed_with_whether_they_work_here(monkeypatch):
+    from attar.cli.catalog import described
+    from attar.runtimes.base import runtimes
+
+    version = importlib.metadata.version("onnxruntime")
+    assert f"Works here: {version}." in described("runtimes")["onnxruntime"]
+    missing = classmethod(lambda cls: (False, "pip install openvino"))
+    monkeypatch.setattr(runtimes.get("openvino"), "available", missing)
+    assert "Not here: pip install openvino." in described("runtimes")["openvino"]
 
 
 @pytest.fixture(scope="module")

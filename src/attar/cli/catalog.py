@@ -7,6 +7,7 @@ from typing import Any
 
 from attar.errors import UsageError
 from attar.registry import near
+from attar.runtimes.base import Runtime
 
 REGISTRIES = {
     "models": ("attar.models.base:models", "Networks of Attar's own; torchvision's work by name."),
@@ -16,6 +17,10 @@ REGISTRIES = {
     "prune-criteria": (
         "attar.prune.criteria.base:criteria",
         "Which weights or channels go: `prune`.",
+    ),
+    "observers": (
+        "attar.quantize.ranges:ranges",
+        "How an int8 grid's range is chosen: `quantize: {observer: …}`.",
     ),
     "tasks": ("attar.tasks.base:tasks", "What is right: `task: …`."),
     "runtimes": (
@@ -41,4 +46,13 @@ def described(kind: str) -> dict[str, str]:
         raise UsageError(f"nothing is called {kind!r} to list{near(kind, list(kinds()))}")
     module, _, name = REGISTRIES[kind][0].partition(":")
     registry: Any = getattr(importlib.import_module(module), name)
-    return registry.describe()
+    found: dict[str, str] = registry.describe()
+    if kind == "runtimes":
+        return {one: f"{said} {_here(registry.get(one))}" for one, said in found.items()}
+    return found
+
+
+def _here(runtime: type[Runtime]) -> str:
+    """Whether a runtime works on this machine."""
+    works, more = runtime.available()
+    return f"Works here: {more}." if works else f"Not here: {more}."

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 OnEpoch = Callable[[nn.Module, int], None]
 """Called before each epoch with the network and the epoch's number, from 0."""
+Wrap = Callable[[Objective], Objective]
+"""Makes another objective of a training's."""
 
 stages: Registry[type[Stage]] = Registry("stage", "attar.stages")
 
@@ -74,7 +76,7 @@ class Context:
         *,
         label: str = "recover",
         on_epoch: OnEpoch | None = None,
-        wrap: Callable[[Objective], Objective] | None = None,
+        wrap: Wrap | None = None,
     ) -> Student:
         """Trains the student in place, its edits' promises kept at every step, and returns it.
 

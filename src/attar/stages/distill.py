@@ -26,7 +26,7 @@ from attar.distill.teacher import Teacher
 from attar.distill.transfer import Transfer, said, transferred, with_unlabelled
 from attar.errors import UsageError
 from attar.files import is_reference, locate
-from attar.stages.base import Context, OnEpoch, Stage, stages
+from attar.stages.base import Context, OnEpoch, Stage, Wrap, stages
 from attar.student import Student
 from attar.training.config import Training
 from attar.training.evaluation import device_of, to_device
@@ -83,7 +83,9 @@ class Distill(Stage, Training):
 
     _label: str = PrivateAttr(LABEL)
     _on_epoch: OnEpoch | None = PrivateAttr(None)
-    """What its training is called, and who hears of its epochs, where another stage trains so."""
+    _wrap: Wrap | None = PrivateAttr(None)
+    """What its training is called, who hears of its epochs, and what its objective is made into,
+    where another stage trains so."""
 
     diagnose: bool = False
     """Train the same student without the teacher as well, from the same initial weights through the
@@ -151,7 +153,12 @@ class Distill(Stage, Training):
             shown = to_device(batch, device_of(student.module))
             objective.prepare(student.module, shown, examples=len(run.data.train))
         trained = run.train(
-            student, training, objective, label=self._label, on_epoch=self._on_epoch
+            student,
+            training,
+            objective,
+            label=self._label,
+            on_epoch=self._on_epoch,
+            wrap=self._wrap,
         )
         run.found["teacher"] = dict(source.choice)
         if criteria:

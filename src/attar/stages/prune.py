@@ -35,7 +35,6 @@ from attar.stages.prune_budget import Budgets, Planner, moved
 from attar.stages.prune_schedule import (
     Cubic,
     Iterative,
-    Recovery,
     Regrow,
     Regularise,
     Rewind,
@@ -43,6 +42,7 @@ from attar.stages.prune_schedule import (
     part,
     shares,
 )
+from attar.stages.recovery import Recovery
 from attar.student import Student
 from attar.tasks.base import Task
 from attar.training.checkpoint import load_checkpoint_state, save_checkpoint

@@ -4,39 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from attar.prune.schedule import cubic, linear, survivors
-from attar.stages.base import Context, OnEpoch
-from attar.stages.distill import Distill, Written
-from attar.student import Student
-from attar.training.config import Training
-
-
-class Recovery(Training):
-    """Training against the teacher after a removal."""
-
-    criteria: list[Written] | None = None
-    """What the teacher is asked, as of `distill`: features too. Default: its soft targets, `kd`."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _any_training(cls, value: Any) -> Any:
-        return value.model_dump() if isinstance(value, Training) else value
-
-    def recovered(
-        self, student: Student, run: Context, label: str, on_epoch: OnEpoch | None = None
-    ) -> Student:
-        """The student, trained. label, on_epoch: as of `Context.train`."""
-        if self.criteria is None:
-            return run.train(student, self, label=label, on_epoch=on_epoch)
-        stage = Distill.model_validate(self.model_dump())
-        stage._label, stage._on_epoch = label, on_epoch
-        return stage.apply(student, run)
-
-    def of(self, epochs: int) -> Recovery:
-        """The same for another number of epochs."""
-        return self.model_copy(update={"epochs": epochs})
 
 
 class _Schedule(BaseModel):

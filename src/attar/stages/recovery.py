@@ -1,0 +1,43 @@
+"""Training against the teacher after a lossy step, as a stage's `recover` writes it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import model_validator
+
+from attar.stages.base import Context, OnEpoch, Wrap
+from attar.stages.distill import Distill, Written
+from attar.student import Student
+from attar.training.config import Training
+
+
+class Recovery(Training):
+    """Training against the teacher after a lossy step."""
+
+    criteria: list[Written] | None = None
+    """What the teacher is asked, as of `distill`: features too. Default: its soft targets, `kd`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _any_training(cls, value: Any) -> Any:
+        return value.model_dump() if isinstance(value, Training) else value
+
+    def recovered(
+        self,
+        student: Student,
+        run: Context,
+        label: str = "recover",
+        on_epoch: OnEpoch | None = None,
+        wrap: Wrap | None = None,
+    ) -> Student:
+        """The student, trained. label, on_epoch, wrap: as of `Context.train`."""
+        if self.criteria is None:
+            return run.train(student, self, label=label, on_epoch=on_epoch, wrap=wrap)
+        stage = Distill.model_validate(self.model_dump())
+        stage._label, stage._on_epoch, stage._wrap = label, on_epoch, wrap
+        return stage.apply(student, run)
+
+    def of(self, epochs: int) -> Recovery:
+        """The same for another number of epochs."""
+        return self.model_copy(update={"epochs": epochs})
