@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from attar.errors import ExportError, ParityError, UsageError
+from attar.errors import BundleError, ExportError, ParityError, UsageError
 from attar.quantize import Scheme, quantize
 from attar.runtimes import Runtime, onnxruntime_session, runtimes
 from attar.runtimes.onnx_file import save, tidy
@@ -355,3 +355,17 @@ def test_a_runtime_without_int8_graphs_says_so(monkeypatch):
             example=(images(2),),
             dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
         )
+
+
+@pytest.mark.parametrize("newer", [{"opset": 99}, {"ir": 99}])
+def test_a_file_newer_than_the_runtime_says_what_to_do(newer, tmp_path):
+    value = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1]) for n in "xy"]
+    node = helper.make_node("Relu", ["x"], ["y"])
+    proto = helper.make_model(
+        helper.make_graph([node], "network", value[:1], value[1:]),
+        opset_imports=[helper.make_opsetid("", newer.get("opset", 20))],
+        ir_version=newer.get("ir", 10),
+    )
+    (tmp_path / "model.onnx").write_bytes(proto.SerializeToString())
+    with pytest.raises(BundleError, match="too old, knowing ONNX up to .* --upgrade onnxruntime"):
+        RUNTIME.session(tmp_path)

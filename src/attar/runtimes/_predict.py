@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -121,13 +122,23 @@ def load_onnxruntime(path: Path, wanted: dict[str, Any], threads: int) -> Model:
     try:
         session = ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors share no base class
-        raise Problem(f"onnxruntime {ort.__version__} can't load {path}: {error}") from None
+        said = too_old(str(error)) or str(error)
+        raise Problem(f"onnxruntime {ort.__version__} can't load {path}: {said}") from None
     names = [i.name for i in session.get_inputs()]
 
     def run(inputs: list[np.ndarray]) -> list[np.ndarray]:
         return session.run(None, dict(zip(names, inputs, strict=True)))
 
     return Model(run, "onnxruntime", ort.__version__)
+
+
+def too_old(error: str) -> str:
+    """What to do where the runtime is older than the file; "" where that isn't the reason."""
+    known = re.search(r"till opset (\d+)|max supported (IR version: \d+)", error)
+    if known is None:
+        return ""
+    limit = f"opset {known[1]}" if known[1] else known[2]
+    return f"it is too old, knowing ONNX up to {limit}: pip install --upgrade onnxruntime"
 
 
 def load_openvino(path: Path, wanted: dict[str, Any], threads: int) -> Model:

@@ -10,6 +10,7 @@ import onnxruntime as ort
 
 from attar.errors import BundleError
 from attar.measure.processor import saturates
+from attar.runtimes._predict import too_old
 from attar.runtimes.base import GraphPasses
 
 Level = ort.GraphOptimizationLevel
@@ -87,5 +88,5 @@ def load(
             disabled_optimizers=list(without),
         )
     except Exception as error:  # onnxruntime's errors share no base class
-        reason = str(error).strip().splitlines()[0]
+        reason = too_old(str(error)) or str(error).strip().splitlines()[0]
         raise BundleError(f"ONNX Runtime can't load {path}: {reason}") from error
