@@ -367,5 +367,5 @@ def test_a_file_newer_than_the_runtime_says_what_to_do(newer, tmp_path):
         ir_version=newer.get("ir", 10),
     )
     (tmp_path / "model.onnx").write_bytes(proto.SerializeToString())
-    with pytest.raises(BundleError, match="too old, knowing ONNX up to .* --upgrade onnxruntime"):
+    with pytest.raises(BundleError, match=r"too old, knowing ONNX up to .* --upgrade onnxruntime"):
         RUNTIME.session(tmp_path)
