@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -106,9 +106,11 @@ def quantize_dynamically(
     """
     runtimes.get(runtime).require_scheme("int8-dynamic")
     refuse_unknown_layers(student.module, float_layers)
+    if weight_bits not in (None, 7, 8):
+        raise UsageError(f"weights take 7 or 8 bits here, not {weight_bits}")
     made = DynamicScheme(runtime=runtime, float_layers=float_layers)
     if weight_bits is not None:
-        made = DynamicScheme(runtime, weight_bits, float_layers)
+        made = replace(made, weight_bits=weight_bits)
     graph = capture(student.module, example, dynamic_shapes)
     shared = shared_grids(student)
     scales: dict[str, Tensor] = {
