@@ -29,8 +29,8 @@ READERS = {"linear": 1, "embedding": 0} | {
 class Held:
     """A weight as a graph reads it.
 
-    path: the parameter's. nodes: what reads the constant. factor: (rows, 1), what folding a batch
-    norm has multiplied each row by.
+    path: the parameter's. node: the graph's constant. own: the parameter, float32 on the CPU.
+    factor: (rows, 1), what folding a batch norm has multiplied each row by.
     """
 
     path: str

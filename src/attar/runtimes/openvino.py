@@ -28,6 +28,7 @@ class OpenVino(Runtime):
     name: ClassVar[str] = "openvino"
     model_file: ClassVar[str] = "model.onnx"
     passes: ClassVar[tuple[GraphPasses, ...]] = ("all",)
+    schemes: ClassVar[tuple[str, ...]] = OnnxRuntime.schemes
 
     @classmethod
     def available(cls) -> tuple[bool, str]:
