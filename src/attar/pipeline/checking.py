@@ -26,7 +26,7 @@ from attar.prune.prepared import prepared
 from attar.quantize import Scheme, quantize, quantized_reference
 from attar.recipe import Recipe
 from attar.runtimes import runtimes
-from attar.runtimes.parity import FLOAT, QUANTIZED, check_parity
+from attar.runtimes.parity import bound_for, check_parity
 from attar.stages.base import Context
 from attar.stages.distill import Distill
 from attar.store import cache_folder
@@ -142,9 +142,7 @@ def _exported(
     judged = graph if graph is not None else student.module
     inputs, outputs = reference_outputs(judged, job.data.validation, job.task, 32)
     answers = runtime.session(folder)(*inputs)[0]
-    parity = check_parity(
-        outputs, answers, job.task.agreement, QUANTIZED if graph is not None else FLOAT
-    )
+    parity = check_parity(outputs, answers, job.task.agreement, bound_for(student.edits))
     return {"bytes": sum(f.stat().st_size for f in files), "parity": parity}
 
 

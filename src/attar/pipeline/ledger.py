@@ -35,7 +35,7 @@ from attar.pipeline.steps import Steps
 from attar.quantize import quantized_reference
 from attar.runtimes import runtimes
 from attar.runtimes.bundle import MANIFEST, read_bundle, write_bundle
-from attar.runtimes.parity import FLOAT, QUANTIZED, check_parity
+from attar.runtimes.parity import bound_for, check_parity
 from attar.store import key_of, view, write_whole
 from attar.student import Student
 
@@ -188,7 +188,7 @@ class Ledger:
                     outputs,
                     _in_batches(session, inputs),
                     job.task.agreement,
-                    QUANTIZED if student.find("quantized") else FLOAT,
+                    bound_for(student.edits),
                 )
             facts["bytes"] = bundle.bytes
             facts["files"] = [
@@ -307,8 +307,9 @@ def _notes(student: Student, quantized: bool) -> dict[str, Any]:
     notes: dict[str, Any] = {}
     if student.edits:
         notes["edits"] = [{"kind": e.kind, "summary": e.summary()} for e in student.edits]
-    for edit in student.find("quantized"):
-        notes["quantization"] = {"summary": edit.summary()}
+    for edit in student.edits:
+        if edit.rounds != "nothing":
+            notes["quantization"] = {"summary": edit.summary()}
     return notes
 
 

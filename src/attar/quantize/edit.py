@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from attar.errors import CheckpointError
 from attar.quantize.cpu import safe_on, weight_bits
 from attar.student import Edit
+from attar.student.edits import Rounds
 from attar.student.fingerprint import weights_sha256
 
 
@@ -49,6 +50,7 @@ class Quantized(Edit):
     """
 
     kind: ClassVar[str] = "quantized"
+    rounds: ClassVar[Rounds] = "activations"
 
     def __init__(self, scheme: Scheme, grids: Grids, weights_sha256: str) -> None:
         self.scheme = scheme

@@ -39,6 +39,9 @@ class Runtime(ABC):
     passes: ClassVar[tuple[GraphPasses, ...]] = ("all", "none")
     """The graph optimisation that a session can be asked for; `("all",)` where it can't be left
     out, so that there is nothing to compare it with."""
+    schemes: ClassVar[tuple[str, ...]] = ()
+    """The ways of quantizing that its files hold and its kernels compute: `int8` (`quantizer`),
+    `int8-weights`, `int4-weights`, `float16`, `bfloat16`, `int8-dynamic`."""
 
     @classmethod
     @abstractmethod
@@ -105,6 +108,13 @@ class Runtime(ABC):
         Raises `UsageError` where no int8 graphs are made for the runtime.
         """
         raise UsageError(f"no int8 graphs are made for the runtime {self.name}: leave out quantize")
+
+    @classmethod
+    def require_scheme(cls, scheme: str) -> None:
+        """Raises `UsageError` for a way of quantizing that this runtime lacks."""
+        if scheme not in cls.schemes:
+            works = f"it has {', '.join(cls.schemes)}" if cls.schemes else "leave out quantize"
+            raise UsageError(f"the runtime {cls.name} has no scheme {scheme}: {works}")
 
     def layer_times(
         self, folder: Path, inputs: tuple[np.ndarray, ...], *, threads: int = 1, runs: int = 50

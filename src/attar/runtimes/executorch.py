@@ -28,6 +28,7 @@ class ExecuTorch(Runtime):
     name: ClassVar[str] = "executorch"
     model_file: ClassVar[str] = "model.pte"
     passes: ClassVar[tuple[GraphPasses, ...]] = ("all",)
+    schemes: ClassVar[tuple[str, ...]] = ("int8",)
 
     @classmethod
     def available(cls) -> tuple[bool, str]:

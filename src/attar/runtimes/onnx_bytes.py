@@ -49,11 +49,12 @@ def store_in_bytes(proto: onnx.ModelProto, *, negated: bool = False) -> set[str]
         stored.add(value)
     del graph.node[:]
     graph.node.extend(nodes)
-    _drop_unused(graph)
+    drop_unused(graph)
     return stored
 
 
-def _drop_unused(graph: onnx.GraphProto) -> None:
+def drop_unused(graph: onnx.GraphProto) -> None:
+    """Removes the constants that nothing reads, in place."""
     used = {name for node in graph.node for name in node.input} | {o.name for o in graph.output}
     kept = [tensor for tensor in graph.initializer if tensor.name in used]
     del graph.initializer[:]

@@ -58,6 +58,8 @@ def _translate(
 ) -> onnx.ModelProto:
     import torch
 
+    from attar.runtimes.onnx_operators import translations
+
     try:
         exported = torch.onnx.export(
             program,
@@ -70,6 +72,7 @@ def _translate(
             opset_version=OPSET,
             optimize=True,
             verbose=False,
+            custom_translation_table=translations(),
         )
     except Exception as error:
         raise ExportError(f"can't export {network}{_untranslated(error)}") from error

@@ -18,6 +18,14 @@ class OnnxRuntime(Runtime):
 
     name: ClassVar[str] = "onnxruntime"
     model_file: ClassVar[str] = "model.onnx"
+    schemes: ClassVar[tuple[str, ...]] = (
+        "int8",
+        "int8-weights",
+        "int4-weights",
+        "float16",
+        "bfloat16",
+        "int8-dynamic",
+    )
 
     @classmethod
     def available(cls) -> tuple[bool, str]:

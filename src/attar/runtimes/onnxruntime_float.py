@@ -6,6 +6,7 @@ import onnx
 from onnx import helper
 
 from attar.runtimes.onnx_bytes import store_in_bytes
+from attar.runtimes.onnx_weights import spell_out
 
 OWN_DOMAIN = "com.microsoft"
 
@@ -17,7 +18,7 @@ def keep_float(proto: onnx.ModelProto) -> onnx.ModelProto:
     where the layer lies between `DequantizeLinear` and `QuantizeLinear`. It leaves its own float
     operators alone, which compute the same.
     """
-    constants = {w.name for w in proto.graph.initializer} | store_in_bytes(proto)
+    constants = {w.name for w in proto.graph.initializer} | store_in_bytes(proto) | spell_out(proto)
     dequantized = {
         value
         for node in proto.graph.node

@@ -28,6 +28,7 @@ class OpenVino(Runtime):
     name: ClassVar[str] = "openvino"
     model_file: ClassVar[str] = "model.onnx"
     passes: ClassVar[tuple[GraphPasses, ...]] = ("all",)
+    schemes: ClassVar[tuple[str, ...]] = OnnxRuntime.schemes
 
     @classmethod
     def available(cls) -> tuple[bool, str]:
@@ -54,10 +55,12 @@ class OpenVino(Runtime):
         from attar.runtimes.onnx_bytes import store_in_bytes
         from attar.runtimes.onnx_export import export_onnx
         from attar.runtimes.onnx_file import save, tidy
+        from attar.runtimes.onnx_weights import spell_out
 
         proto = export_onnx(student, example=example, dynamic_shapes=dynamic_shapes, names=names)
         # By a cast and a product of its weight, OpenVINO would take a layer for one in int8.
         store_in_bytes(proto, negated=True)
+        spell_out(proto, negated=True)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / self.model_file
         save(tidy(proto), path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,11 @@ QUANTIZED = Bound(difference=None, tie=0.01, agreement=0.99)
 """Integer networks against the network that simulates them in float: a value that falls beside a
 rounding step may land on its other side, and one step moves everything after it. `tie` is somewhat
 over two steps of 255 over the output's range."""
+
+
+def bound_for(edits: Iterable[Any]) -> Bound:
+    """What a student with these edits is held to: `QUANTIZED` where one rounds activations."""
+    return QUANTIZED if any(edit.rounds == "activations" for edit in edits) else FLOAT
 
 
 def check_parity(

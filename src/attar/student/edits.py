@@ -8,12 +8,14 @@ from the packages that make them (`prune`, `share`, `quantize`).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
 from attar.errors import CheckpointError
 from attar.registry import near
+
+Rounds = Literal["nothing", "weights", "activations"]
 
 
 class Edit(ABC):
@@ -21,6 +23,9 @@ class Edit(ABC):
 
     kind: ClassVar[str]
     kinds: ClassVar[dict[str, type[Edit]]] = {}
+    rounds: ClassVar[Rounds] = "nothing"
+    """What the deployed graph puts on a grid, of what the network computes in float: an exported
+    file is held to PyTorch more loosely where it is `activations`."""
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
