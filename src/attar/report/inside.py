@@ -9,8 +9,8 @@ from markupsafe import Markup
 
 from attar import numbers
 from attar.report.dots import DotRow, dots
+from attar.report.drawing import WIDTHS
 from attar.report.record import RunRecord
-from attar.report.sections import WIDTHS
 
 SHOWN = 12
 """Layers drawn: those with least signal over noise, in the network's order."""
@@ -142,7 +142,8 @@ def _picture(layers: list[Mapping[str, Any]]) -> dict[str, Any] | None:
     if len(known) < 2:
         return None
     limit = sorted(one["snr_db"] for one in known)[:SHOWN][-1]
-    worst = min(known, key=lambda one: one["own_snr_db"])
+    drawn = [one for one in known if one["snr_db"] <= limit]
+    worst = min(drawn, key=lambda one: one["own_snr_db"])
     rows = [
         DotRow(
             _name(one),
@@ -151,8 +152,7 @@ def _picture(layers: list[Mapping[str, Any]]) -> dict[str, Any] | None:
             0.0,
             role="final" if one is worst else "stage",
         )
-        for one in known
-        if one["snr_db"] <= limit
+        for one in drawn
     ]
     return {
         "title": "Signal over quantization noise, layer by layer",

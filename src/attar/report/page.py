@@ -23,7 +23,8 @@ def write_report(run_folder: Path, benches: Sequence[Path] = ()) -> Path:
 
     benches: files that `attar bench --out` wrote, shown beside the build machine's figures.
 
-    Raises `UsageError` for a folder without a run, or a file that is no bench of its bundle, `StorageError` where the page can't be written.
+    Raises `UsageError` for a folder without a run, or a file that is no bench of its bundle,
+    `StorageError` where the page can't be written.
     """
     folder = Path(run_folder)
     path = folder / "report.html"

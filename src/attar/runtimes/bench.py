@@ -30,9 +30,9 @@ def bench(
     """Replays the golden inputs, then measures.
 
     Returns `attar_bench` (the form's number, which the bundle's own `predict.py --bench` writes
-    too), `model_sha256` (of the main file), `golden` (`agrees`, `max_abs_diff`, `n`), `latency` (as the ledger has it), `memory_mb`
-    (what a fresh process with the session adds), `bytes` and `environment`. Raises `BundleError`
-    for a damaged bundle or one without golden inputs.
+    too), `model_sha256` (of the main file), `golden` (`agrees`, `max_abs_diff`, `n`), `latency` (as
+    the ledger has it), `memory_mb` (what a fresh process with the session adds), `bytes` and
+    `environment`. Raises `BundleError` for a damaged bundle or one without golden inputs.
 
     Example:
         >>> bench(Path("runs/digits/bundle"))["latency"]  # doctest: +SKIP
