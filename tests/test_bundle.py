@@ -270,9 +270,21 @@ def test_predict_bench_replays_the_stored_answers(bundle):
     done = predict(bundle.folder, "--bench", "--seconds", "0.1")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert report["agrees"] and report["n"] == 8
+    assert report["golden"]["agrees"] and report["golden"]["n"] == 8
     assert report["bytes"] == bundle.bytes
     assert 0 < report["latency"]["p50_ms"] <= report["latency"]["p90_ms"]
+
+
+def test_both_benches_write_the_same_form(bundle, tmp_path):
+    done = predict(bundle.folder, "--bench", "--seconds", "0.1", "--out", str(tmp_path / "b.json"))
+    alone, ours = json.loads(done.stdout), bench(bundle.folder, seconds=0.1)
+    assert json.loads((tmp_path / "b.json").read_text()) == alone
+    assert alone.keys() == ours.keys()
+    assert alone["model_sha256"] == ours["model_sha256"] == bundle.manifest["files"][0]["sha256"]
+    for part in ("golden", "latency"):
+        assert alone[part].keys() == ours[part].keys()
+    assert alone["environment"].keys() <= ours["environment"].keys()
+    assert isinstance(alone["memory_mb"], float)
 
 
 def test_predict_bench_fails_where_answers_differ(copy):
@@ -285,7 +297,7 @@ def test_predict_bench_fails_where_answers_differ(copy):
     manifest["golden"]["sha256"] = digest
     (copy / "manifest.json").write_text(json.dumps(manifest))
     done = predict(copy, "--bench", "--seconds", "0.1")
-    assert (done.returncode, json.loads(done.stdout)["agrees"]) == (1, False)
+    assert (done.returncode, json.loads(done.stdout)["golden"]["agrees"]) == (1, False)
 
 
 def test_bench_measures_a_bundle(bundle):

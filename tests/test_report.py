@@ -356,3 +356,104 @@ def test_any_points_make_a_picture_with_every_label_in_place(drawn):
     assert len(places) == 2 * len(drawn)
     assert all(0 <= v <= 560 for v in places), "every point lies on the picture"
     assert svg.count('class="label') == len(drawn)
+
+
+INSIDE = {
+    "runtime": "onnxruntime",
+    "deployed": True,
+    "sum_us": {"before": 50.0, "after": 40.0},
+    "operators": [
+        {"op": "QLinearConv", "precision": "int8", "count_before": 0, "us_before": 0.0,
+         "count_after": 3, "us_after": 30.0},
+    ],
+    "conversions": {"count": 2, "us": 10.0},
+    "float_inside": [
+        {"node": "mid/Conv", "layer": "mid", "op": "Conv", "place": "inside", "avoidable": True,
+         "why": "the recipe <b>says so</b>", "us": 6.0},
+    ],
+    "layers": [
+        {"layer": "stem", "op": "conv2d", "us_before": 4.0, "us_after": 9.0, "own_snr_db": 31.0,
+         "snr_db": 31.0},
+        {"layer": "mid", "op": "conv2d", "us_before": 4.0, "us_after": 4.0, "own_snr_db": None,
+         "snr_db": 28.0},
+        {"layer": "head", "op": "linear", "us_before": 4.0, "us_after": 4.0, "own_snr_db": 44.0,
+         "snr_db": 29.0},
+    ],
+}  # fmt: skip
+
+
+def inside_page(folder, ratio=0.8, **changes) -> Page:
+    told = details()
+    place = {"ratio": ratio, "low": ratio - 0.02, "high": ratio + 0.02}
+    told["found"] = {"01-quantize": {"int8_over_float": place, "inside": INSIDE | changes}}
+    write_run(folder)
+    (folder / "details.json").write_text(json.dumps(told))
+    return page_of(folder)
+
+
+def test_the_page_says_what_takes_time_inside_int8_and_where_noise_enters(tmp_path):
+    text = inside_page(tmp_path).text
+    for said in (
+        "Inside the int8 file",
+        "Int8 takes 0.80 of float’s time (0.78 to 0.82): 20% less.",
+        "2 conversions between float and int8 take 25% of the operators’ time.",
+        "Slower than in float: stem by 5 µs.",
+        "1 operator between int8 ones computes in float where an int8 kernel exists.",
+        "the recipe <b>says so</b>",  # as text: escaped in the page
+        "Most noise of their own add stem (31 dB), head (44 dB).",
+    ):
+        assert said in text, said
+
+
+def test_the_page_says_so_where_nothing_inside_is_left_float_or_int8_was_not_taken(tmp_path):
+    text = inside_page(tmp_path, 1.2, float_inside=[], deployed=False).text
+    assert "Inside the int8 file that was not taken" in text
+    assert "20% more" in text
+    assert "No operator inside computes in float where an int8 kernel exists." in text
+    unknown = inside_page(tmp_path, operators=[], float_inside=[], sum_us={}).text
+    assert "onnxruntime doesn’t tell what it runs." in unknown
+
+
+BENCH = {
+    "attar_bench": 1,
+    "model_sha256": "a" * 64,
+    "golden": {"agrees": True, "max_abs_diff": 0.0, "n": 8},
+    "latency": {"runtime": "onnxruntime", "batch": 1, "threads": 1, "p50_ms": 0.122, "p90_ms": 0.2},
+    "memory_mb": 9.3,
+    "bytes": 1,
+    "environment": {"cpu": "Small Core", "system": "Linux aarch64", "cores": 4, "packages": {}},
+}
+
+
+def test_benches_of_other_machines_stand_beside_the_build_machines(tmp_path):
+    run, bench = write_run(tmp_path / "run"), tmp_path / "phone.json"
+    bench.write_text(json.dumps(BENCH))
+    text = Page(write_report(run, [bench]).read_text(encoding="utf-8")).text
+    assert "On other machines" in text and "AMD EPYC 7B13" in text
+    for said in ("Small Core", "0.122 / 0.200", "2.00× slower", "9.30 MB", "all 8 agree"):
+        assert said in text, said
+    bench.write_text(json.dumps(BENCH | {"golden": {"agrees": False, "max_abs_diff": 0.5, "n": 8}}))
+    assert "differ by up to 5.0e-01" in write_report(run, [bench]).read_text(encoding="utf-8")
+    assert "On other machines" not in page_of(run).text
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "can't read"),
+        ("{", "is damaged, or no JSON"),
+        ("[]", "is not a bench"),
+        ('{"golden": {}}', "is not a bench"),
+        (json.dumps(BENCH | {"attar_bench": 2}), "has the form 2"),
+        (json.dumps(BENCH | {"latency": 3}), "lacks latency"),
+        (json.dumps(BENCH | {"model_sha256": "b" * 64}), "another model"),
+    ],
+)
+def test_a_foreign_or_damaged_bench_is_refused_in_a_sentence(tmp_path, content, said):
+    run, bench = write_run(tmp_path / "run"), tmp_path / "phone.json"
+    (run / "bundle").mkdir(exist_ok=True)
+    (run / "bundle" / "manifest.json").write_text(json.dumps({"files": [{"sha256": "a" * 64}]}))
+    if content is not None:
+        bench.write_text(content)
+    with pytest.raises(UsageError, match=said):
+        write_report(run, [bench])

@@ -366,8 +366,8 @@ def test_both_benches_replay_the_stored_answers(made: Path) -> None:
     done = predict(made / "int8", "--bench", "--seconds", "0.1", "--batch", "40")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert report["agrees"] and report["n"] == 8
-    assert report["executorch"] == RUNTIME.available()[1]
+    assert report["golden"]["agrees"] and report["golden"]["n"] == 8
+    assert report["environment"]["packages"]["executorch"] == RUNTIME.available()[1]
     found = bench(made / "int8", batch=2, seconds=0.1)
     assert found["golden"]["agrees"]
     assert found["latency"]["runtime"] == "executorch"

@@ -274,8 +274,11 @@ def test_both_benches_replay_the_stored_answers(made: Path, name: str) -> None:
     done = predict(made / name, "--bench", "--seconds", "0.1")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert report["agrees"] and report["n"] == 8
-    assert report["openvino"] == read_bundle(made / name).manifest["runtime"]["version"]
+    assert report["golden"]["agrees"] and report["golden"]["n"] == 8
+    assert (
+        report["environment"]["packages"]["openvino"]
+        == read_bundle(made / name).manifest["runtime"]["version"]
+    )
     found = bench(made / name, batch=2, seconds=0.1)
     assert found["golden"]["agrees"]
     assert found["latency"]["runtime"] == "openvino"

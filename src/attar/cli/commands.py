@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -320,6 +321,10 @@ def bench(
     threads: Threads = 1,
     batch: Annotated[int, typer.Option(min=1, help="Examples a call.")] = 1,
     seconds: Annotated[float, typer.Option(min=0.1, help="How long to time.")] = 2.0,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="A JSON file to write, for attar report --bench."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Time the bundle on this machine and check its stored answers.
@@ -329,6 +334,10 @@ def bench(
     Examples:
 
         attar bench runs/digits/bundle --threads 2
+        attar bench bundle --out phone.json
+        attar report runs/digits --bench phone.json
+
+    The last is for the machine that built the bundle: its report shows both side by side.
 
     Exit code 1: this machine does not give the answers that were stored with the model.
     """
@@ -336,6 +345,10 @@ def bench(
     from attar.runtimes.bench import bench as measure
 
     found = measure(find_bundle(bundle), threads=threads, batch=batch, seconds=seconds)
+    if out is not None:
+        from attar.store import write_whole
+
+        write_whole(out, json.dumps(found, indent=2) + "\n")
     print_json(found) if as_json else print_pairs(found)
     if not found["golden"]["agrees"]:
         raise typer.Exit(1)
@@ -353,6 +366,12 @@ def report(
             show_default="RUN/report.html or comparison.html",
         ),
     ] = None,
+    benches: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--bench", metavar="FILE", help="What attar bench --out wrote elsewhere; several."
+        ),
+    ] = None,
 ) -> None:
     """Write a run's report anew, or one page that compares several runs.
 
@@ -360,14 +379,18 @@ def report(
 
         attar report runs/digits
         attar report runs/a runs/b --out comparison.html
+        attar report runs/digits --bench phone.json
 
     A page is one file that opens offline.
     """
+    from attar.errors import UsageError
     from attar.report import compare_reports, write_report
     from attar.store import write_whole
 
     if len(runs) == 1 and out is None:
-        page = write_report(runs[0])
+        page = write_report(runs[0], benches or ())
+    elif benches:
+        raise UsageError("--bench goes with one run's own page: give one RUN, and no --out")
     else:
         page = out or Path("comparison.html")
         write_whole(page, compare_reports(runs))

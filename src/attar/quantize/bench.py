@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ import numpy as np
 from attar.measure.intervals import Interval, ratio_interval
 from attar.measure.latency import time_interleaved
 from attar.quantize.fallback import LIMIT
+from attar.quantize.noise import LayerNoise, student_noise
 from attar.runtimes.base import Runtime
+from attar.runtimes.inside import Operator
 from attar.student import Student
 
 SECONDS = 0.6
@@ -59,6 +61,32 @@ class RuntimeBench:
     def times(self, float_layers: tuple[str, ...]) -> dict[str, tuple[float, float]]:
         was, now = self._layer_times(("*",)), self._layer_times(float_layers)
         return {layer: (was[layer], now[layer]) for layer in now if layer in was}
+
+    @property
+    def runtime(self) -> str:
+        """The runtime's name."""
+        return self._runtime.name
+
+    def inside(self, float_layers: tuple[str, ...]) -> list[Operator]:
+        """What the runtime runs with these layers in float, each operator with its time."""
+        return self._runtime.inside(
+            self._export(float_layers), self._inputs, threads=self._threads, runs=PROFILED_RUNS
+        )
+
+    def noise(
+        self,
+        float_layers: tuple[str, ...],
+        examples: Iterable[tuple[Any, ...]],
+        student: Student | None = None,
+    ) -> list[LayerNoise]:
+        """Each layer's noise with these layers in float, or in another quantized student. Empty
+        where nothing is quantized."""
+        return student_noise(
+            student or self._quantized(float_layers),
+            examples,
+            example=self._example,
+            dynamic_shapes=self._dynamic_shapes,
+        )
 
     def _layer_times(self, float_layers: tuple[str, ...]) -> dict[str, float]:
         folder = self._export(float_layers)

@@ -13,6 +13,8 @@ from markupsafe import Markup, escape
 
 TEXT = 6.4
 """A character's mean width at the charts' 11.5 px type."""
+WIDTHS = {"wide": (560, 380), "narrow": (348, 330)}
+"""Every picture that wants room is drawn twice; the page shows the one that fits."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 from attar import numbers
 from attar.report.diagnosis import is_diagnosis
+from attar.report.inside import is_inside
 from attar.report.record import RunRecord
 from attar.report.verdict import unit_of
 
@@ -20,7 +21,11 @@ def adjusted(run: RunRecord) -> list[dict[str, Any]]:
             continue
         tried = values.get("tried")
         trials = _trials(tried, run) if isinstance(tried, list) else None
-        shown_apart = {k for k, v in values.items() if is_diagnosis(v) or (k == "tried" and trials)}
+        shown_apart = {
+            k
+            for k, v in values.items()
+            if is_diagnosis(v) or is_inside(v) or (k == "tried" and trials)
+        }
         rest = {k: _said(k, v) for k, v in values.items() if k not in shown_apart}
         if not (rest or trials):
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,26 +11,31 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from attar.report import curves, diagnosis, found, sections, verdict
+from attar.report import curves, diagnosis, found, inside, sections, verdict
+from attar.report.benches import beside, read_bench
 from attar.report.record import RunRecord, read_run
 from attar.store import write_whole
 
 
-def write_report(run_folder: Path) -> Path:
+def write_report(run_folder: Path, benches: Sequence[Path] = ()) -> Path:
     """Writes `report.html` into a run's folder from what is there: `ledger.json`, `log.jsonl`,
     `recipe.yaml`, `details.json`. What is missing is left out: an interrupted run has a page too.
 
-    Raises `UsageError` for a folder without a run, `StorageError` where the page can't be written.
+    benches: files that `attar bench --out` wrote, shown beside the build machine's figures.
+
+    Raises `UsageError` for a folder without a run, or a file that is no bench of its bundle,
+    `StorageError` where the page can't be written.
     """
     folder = Path(run_folder)
     path = folder / "report.html"
-    html = render_run(read_run(folder))
+    run = read_run(folder)
+    html = render_run(run, [read_bench(bench, run) for bench in benches])
     write_whole(path, html)
     return path
 
 
-def render_run(run: RunRecord) -> str:
-    """The page's HTML."""
+def render_run(run: RunRecord, benches: Sequence[dict[str, Any]] = ()) -> str:
+    """The page's HTML. benches: as `read_bench` returns them."""
     environment = run.ledger.get("environment") or {}
     diagnoses = diagnosis.diagnoses(run)
     said_there = diagnosis.told(diagnoses)
@@ -54,6 +60,8 @@ def render_run(run: RunRecord) -> str:
         diagnoses=diagnoses,
         adjusted=found.adjusted(run),
         trainings=curves.trainings(run),
+        insides=inside.insides(run),
+        benches=beside(run, benches),
         operators=found.shown(run.details.get("operators") or {}),
         notes=[note for note in sections.notes(run) if note not in said_there],
         environment=found.shown(environment),

@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from attar import numbers
 from attar.report.charts import Point, scatter
+from attar.report.drawing import WIDTHS
 from attar.report.found import human
 from attar.report.record import BASELINES, RunRecord
 from attar.report.verdict import p50, size_of, unit_of
@@ -18,8 +19,6 @@ MOST_LOST = 12
 """Classes shown at once; the others are folded away."""
 PICTURE = re.compile(r"data:image/(png|jpeg|gif|webp);base64,[A-Za-z0-9+/=]+")
 ABBREVIATIONS = {"auc": "AUC"}
-WIDTHS = {"wide": (560, 380), "narrow": (348, 330)}
-"""Every scatter plot is drawn twice; the page shows the one that fits."""
 
 
 def ledger(run: RunRecord) -> list[dict[str, Any]]:

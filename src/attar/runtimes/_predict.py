@@ -4,6 +4,7 @@
     python predict.py picture.png [more.png ...] [--top 3]   class names and probabilities
     python predict.py input.npy                              an input that is prepared already
     python predict.py --bench [--threads 1] [--batch 1]      replay stored answers, time, as JSON
+    python predict.py --bench --out bench.json               the same, for `attar report --bench`
 
 This file is copied into every bundle and imports nothing of Attar. `manifest.json` beside it also
 says what the model's input wants. Exit code: 0 done, 1 failed or answers differ, 2 wrong usage.
@@ -12,6 +13,7 @@ says what the model's input wants. Exit code: 0 done, 1 failed or answers differ
 import argparse
 import contextlib
 import hashlib
+import importlib
 import json
 import os
 import platform
@@ -51,8 +53,12 @@ def main() -> int:
     options = parse()
     try:
         manifest = read_manifest()
+        if options.bench:
+            import_quietly(manifest["runtime"]["name"])  # its own memory is not the model's
+            before = resident_mb()
         model = load(manifest, options.threads)
         if options.bench:
+            options.memory_mb = memory_added(manifest, model, before)
             return bench(manifest, model, options)
         for name in options.inputs:
             answer(manifest, model, name, options)
@@ -71,6 +77,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--top", type=int, default=3, help="how many classes to show (default 3)")
     parser.add_argument("--json", action="store_true", help="print a JSON object per input")
     parser.add_argument("--bench", action="store_true", help="check the stored answers and time")
+    parser.add_argument("--out", help="a file for what --bench finds, for `attar report --bench`")
     parser.add_argument("--threads", type=int, default=1, help="threads of one call (default 1)")
     parser.add_argument("--batch", type=int, default=1, help="examples a timed call (default 1)")
     parser.add_argument("--seconds", type=float, default=2.0, help="how long to time (default 2)")
@@ -103,6 +110,15 @@ def load(manifest: dict[str, Any], threads: int) -> Model:
     if manifest["runtime"]["name"] == "executorch":
         return load_executorch(path, manifest, threads)
     return load_onnxruntime(path, manifest["runtime"], threads)
+
+
+def import_quietly(runtime: str) -> None:
+    """Imports the runtime's package where it is there; loading tells where it isn't."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    names = {"executorch": ["torch", "executorch.extension.pybindings._C"]}.get(runtime, [runtime])
+    with contextlib.suppress(ImportError), silenced():
+        for name in names:
+            importlib.import_module(name)
 
 
 def load_onnxruntime(path: Path, wanted: dict[str, Any], threads: int) -> Model:
@@ -356,24 +372,30 @@ def bench(manifest: dict[str, Any], model: Model, options: argparse.Namespace) -
     feed = [x[rows] for x in inputs]
     times = time_calls(lambda: model.run(feed), options.seconds)
     report = {
-        "agrees": agrees,
-        "max_abs_diff": max(apart),
-        "n": len(inputs[0]),
+        "attar_bench": 1,
+        "model_sha256": manifest["files"][0]["sha256"],
+        "golden": {"agrees": agrees, "max_abs_diff": max(apart), "n": len(inputs[0])},
         "latency": {
+            "runtime": model.runtime,
             "batch": options.batch,
             "threads": options.threads,
             "p50_ms": round(float(np.percentile(times, 50)), 4),
             "p90_ms": round(float(np.percentile(times, 90)), 4),
-            "n": len(times),
         },
+        "memory_mb": options.memory_mb,
         "bytes": sum(entry["bytes"] for entry in manifest["files"]),
-        "process_memory_mb": peak_memory_mb(),
-        "machine": f"{platform.system()} {platform.machine()}",
-        "cores": os.cpu_count(),
-        model.runtime: model.version,
-        "python": platform.python_version(),
+        "environment": {
+            "python": platform.python_version(),
+            "system": f"{platform.system()} {platform.machine()}",
+            "cpu": processor(),
+            "cores": os.cpu_count(),
+            "packages": {model.runtime: model.version, "numpy": np.__version__},
+        },
     }
-    print(json.dumps(report, indent=2))
+    text = json.dumps(report, indent=2)
+    if options.out:
+        Path(options.out).write_text(text + "\n", encoding="utf-8")
+    print(text)
     return 0 if agrees else 1
 
 
@@ -391,14 +413,33 @@ def time_calls(call: Any, seconds: float) -> list[float]:
     return times
 
 
-def peak_memory_mb() -> float | None:
-    """The most memory this whole process has held, in 10^6 bytes; unknown on Windows."""
+def memory_added(manifest: dict[str, Any], model: Model, before: float | None) -> float | None:
+    """What the loaded model adds to this process when it answers one example at a time, in 10^6
+    bytes."""
+    with np.load(HERE / manifest["golden"]["path"], allow_pickle=False) as arrays:
+        one = [arrays[n][:1] for n in sorted(arrays.files) if n.startswith("input_")]
+    for _ in range(10):
+        model.run(one)
+    after = resident_mb()
+    return None if before is None or after is None else round(after - before, 2)
+
+
+def resident_mb() -> float | None:
+    """The memory that this process holds now, in 10^6 bytes; known on Linux only."""
     try:
-        import resource
-    except ImportError:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
         return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6, 1)
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return (named or [platform.processor() or platform.machine()])[0]
 
 
 if __name__ == "__main__":

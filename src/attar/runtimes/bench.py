@@ -12,6 +12,7 @@ from attar.errors import BundleError
 from attar.runtimes.base import GraphPasses
 from attar.runtimes.bundle import Bundle, read_bundle
 
+FORM = 1
 FLOAT_DIFFERENCE = 1e-3
 QUANTIZED_DIFFERENCE = 0.05
 """Shares of the outputs' scale by which another machine's answers may differ: kernels add in
@@ -28,9 +29,10 @@ def bench(
 ) -> dict[str, Any]:
     """Replays the golden inputs, then measures.
 
-    Returns `golden` (`agrees`, `max_abs_diff`, `n`), `latency` (as the ledger has it), `memory_mb`
-    (what a fresh process with the session adds), `bytes` and `environment`. Raises `BundleError`
-    for a damaged bundle or one without golden inputs.
+    Returns `attar_bench` (the form's number, which the bundle's own `predict.py --bench` writes
+    too), `model_sha256` (of the main file), `golden` (`agrees`, `max_abs_diff`, `n`), `latency` (as
+    the ledger has it), `memory_mb` (what a fresh process with the session adds), `bytes` and
+    `environment`. Raises `BundleError` for a damaged bundle or one without golden inputs.
 
     Example:
         >>> bench(Path("runs/digits/bundle"))["latency"]  # doctest: +SKIP
@@ -48,6 +50,8 @@ def bench(
     timed = time_interleaved({"bundle": lambda: session(*feed)}, seconds=seconds)["bundle"]
     name = bundle.runtime.name
     return {
+        "attar_bench": FORM,
+        "model_sha256": bundle.manifest["files"][0]["sha256"],
         "golden": replay(bundle, session),
         "latency": {
             "runtime": name,

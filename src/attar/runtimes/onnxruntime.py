@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from attar.runtimes.base import GraphPasses, Runtime, Session, runtimes
+from attar.runtimes.inside import Operator
 
 
 @runtimes.register("onnxruntime")
@@ -96,6 +97,13 @@ class OnnxRuntime(Runtime):
         from attar.runtimes.onnxruntime_profile import layer_times
 
         return layer_times(folder, inputs, threads=threads, runs=runs)
+
+    def inside(
+        self, folder: Path, inputs: tuple[np.ndarray, ...], *, threads: int = 1, runs: int = 50
+    ) -> list[Operator]:
+        from attar.runtimes.onnxruntime_profile import inside
+
+        return inside(folder, inputs, threads=threads, runs=runs)
 
     def describe(self, folder: Path) -> dict[str, Any]:
         from attar.runtimes.onnx_file import opset

@@ -10,6 +10,7 @@ import numpy as np
 
 from attar.errors import ExportError
 from attar.runtimes.base import GraphPasses, Runtime, Session, runtimes
+from attar.runtimes.inside import Operator
 from attar.runtimes.onnxruntime import OnnxRuntime
 
 
@@ -87,6 +88,13 @@ class OpenVino(Runtime):
         from attar.runtimes.openvino_profile import layer_times
 
         return layer_times(folder / self.model_file, inputs, threads=threads, runs=runs)
+
+    def inside(
+        self, folder: Path, inputs: tuple[np.ndarray, ...], *, threads: int = 1, runs: int = 50
+    ) -> list[Operator]:
+        from attar.runtimes.openvino_profile import inside
+
+        return inside(folder / self.model_file, inputs, threads=threads, runs=runs)
 
     def describe(self, folder: Path) -> dict[str, Any]:
         from attar.runtimes.onnx_file import opset

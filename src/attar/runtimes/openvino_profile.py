@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 
+from attar.runtimes.inside import Kind, Operator
 from attar.runtimes.openvino_session import FixedRequest, OpenVinoSession
 
 WEIGHTED = {"Conv", "Gemm", "MatMul"}
+FUSED = "Subgraph"
+"""Elementwise operators in one kernel that OpenVINO compiles for them."""
+CONVERSIONS = {"FakeQuantize", "Convert", "QuantizeLinear", "DequantizeLinear"}
+MOVES = {
+    "Concat", "Concatenation", "Gather", "Reorder", "Reshape", "Shape", "ShapeOf", "Slice", "Split",
+    "StridedSlice", "Transpose", "Pad", "Broadcast", "Tile",
+}  # fmt: skip
+"""Operators that hand values on as they are, or lay them out anew."""
+HAVE_INT8 = {"Convolution", "FullyConnected", "MatMul", "Pooling", "Eltwise"}
+FUSED_HAVE_INT8 = {"Add", "Mul", "MatMul"}
+"""Operators that compute in int8 where their operands are on grids."""
+PRECISIONS = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "u8": "int8", "i8": "int8"}
 
 
 def operators(path: Path, inputs: tuple[np.ndarray, ...]) -> list[dict[str, Any]]:
@@ -44,16 +58,70 @@ def layer_times(
     compiled = OpenVinoSession(path, threads=threads).compiled(shapes, PERF_COUNT="YES")
     call = FixedRequest(compiled, shapes)
     owner = Owners(path)
+    times: dict[str, float] = {}
+    for name, us in _times(call, inputs, runs).items():
+        if layer := owner.layer(name):
+            times[layer] = times.get(layer, 0.0) + us
+    return times
+
+
+def inside(
+    path: Path, inputs: tuple[np.ndarray, ...], *, threads: int = 1, runs: int = 50
+) -> list[Operator]:
+    """As `Runtime.inside`; OpenVINO counts whole microseconds, and what it only does once, when it
+    compiles, is left out."""
+    shapes = tuple(x.shape for x in inputs)
+    compiled = OpenVinoSession(path, threads=threads).compiled(shapes, PERF_COUNT="YES")
+    times = _times(FixedRequest(compiled, shapes), inputs, runs)
+    owner = Owners(path)
+    given: set[str] = set()
+    places: dict[str, int] = {}
+    found: list[Operator] = []
+    answers: set[str] = set()
+    for node in compiled.get_runtime_model().get_ordered_ops():
+        name, told = node.get_friendly_name(), node.get_rt_info()
+        sources = [i.get_source_output().get_node().get_friendly_name() for i in node.inputs()]
+        of_data = [s for s in sources if s in places or s in given]
+        op = told["layerType"].astype(str)
+        if op == "Input":
+            given.add(name)
+        elif op == "Output":
+            answers.update(sources)
+        elif of_data:
+            places[name] = len(found)
+            done = owner.operator(name)
+            precision = told["runtimePrecision"].astype(str)
+            found.append(
+                Operator(
+                    node=owner.node(name),
+                    layer=owner.node(name).rpartition("/")[0],
+                    op=done if op == FUSED and done else op,
+                    kind=_kind(op, done),
+                    precision=PRECISIONS.get(precision, precision),
+                    us=times.get(name, 0.0),
+                    reads=tuple(dict.fromkeys(places[s] for s in of_data if s in places)),
+                    of_input=any(s in given for s in of_data),
+                    has_int8=op in HAVE_INT8 or (op == FUSED and done in FUSED_HAVE_INT8),
+                    with_constant=len(of_data) < len(sources),
+                )
+            )
+    return [replace(o, answers=name in answers) for name, o in zip(places, found, strict=True)]
+
+
+def _kind(op: str, done: str) -> Kind:
+    if op in CONVERSIONS or (op == FUSED and done in CONVERSIONS):
+        return "convert"
+    return "move" if op in MOVES else "compute"
+
+
+def _times(call: FixedRequest, inputs: tuple[np.ndarray, ...], runs: int) -> dict[str, float]:
+    """By OpenVINO's name of a node: its median time in microseconds."""
     taken: dict[str, list[float]] = defaultdict(list)
     for _ in range(runs):
         call(inputs)
         for row in call.profile():
             taken[row.node_name].append(row.real_time.total_seconds() * 1e6)
-    times: dict[str, float] = {}
-    for name, each in taken.items():
-        if layer := owner.layer(name):
-            times[layer] = times.get(layer, 0.0) + statistics.median(each)
-    return times
+    return {name: statistics.median(each) for name, each in taken.items()}
 
 
 class Owners:
@@ -68,6 +136,11 @@ class Owners:
         """The file's name of a node; the name itself where the file has none like it."""
         found = self._find(name)
         return found.name if found is not None else name
+
+    def operator(self, name: str) -> str:
+        """What the file calls the operator; empty where it has none like it."""
+        found = self._find(name)
+        return found.op_type if found is not None else ""
 
     def layer(self, name: str) -> str | None:
         """The path of the module whose weights the node computes with."""
