@@ -102,7 +102,8 @@ class _Search:
         broken = 0.0
         for share in WALK:
             if self.attempt(share).kept:
-                return self.halve(broken, share)
+                self.halve(broken, share)
+                break
             broken = share
 
     def within_latency(self) -> None:
