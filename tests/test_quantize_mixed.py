@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
+from html import unescape
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from network_fixture import Encoder
 from torch import nn
 
 from attar.data.base import Batch
@@ -31,12 +32,15 @@ from attar.quantize.sensitivity import (
     squared_differences,
 )
 from attar.quantize.switched import Switched
+from attar.report import write_report
 from attar.runtimes.base import runtimes
 from attar.student import Student
 from attar.tasks.base import Metric, tasks
 from attar.tasks.image_classification import ImageClassification
 from attar.tasks.intervals import metric_drop
 from attar.training.evaluation import statistics_of
+from network_fixture import Encoder
+from report_fixture import details, write_run
 
 TASK = tasks.get("image-classification")()
 
@@ -133,7 +137,7 @@ def test_one_layer_alone_answers_as_its_own_export(digits, net):
         alone = answers(quantized(tuple(set(switched.layers) - {layer})), traced, inputs)
         assert torch.equal(each[layer], switched.answers(inputs, [layer]))
         apart = (alone - deployed).abs().mean()
-        assert 0 < (each[layer] - alone).abs().mean() + apart
+        assert (each[layer] - alone).abs().mean() + apart > 0
         assert (each[layer] - alone).abs().mean() < 0.15 * apart, layer
 
 
@@ -314,11 +318,10 @@ def test_a_runtime_that_tells_no_times_is_planned_by_losses_alone():
     assert found.float_layers == ("b",) and found.layers[0].float_us is None
 
 
-LAYER = st.tuples(
-    st.floats(5, 200), st.floats(5, 200), st.floats(0, 2), st.floats(-0.002, 0.05)
-)
+LAYER = st.tuples(st.floats(5, 200), st.floats(5, 200), st.floats(0, 2), st.floats(-0.002, 0.05))
 
 
+@settings(deadline=None, max_examples=30)
 @given(
     st.lists(LAYER, min_size=1, max_size=6),
     st.floats(0.0, 0.1),
@@ -333,7 +336,9 @@ def test_the_chosen_keeps_the_limit_and_is_the_fastest_tried_that_does(layers, l
         assert found.float_layers == ("*",) and not able
     else:
         best = found.tried[found.chosen]
-        assert found.float_layers == best.float_layers and bench.drop(best.float_layers).value <= limit
+        assert (
+            found.float_layers == best.float_layers and bench.drop(best.float_layers).value <= limit
+        )
         assert best.ratio == min(t.ratio for t in able)
     assert planned(bench, max_drop=limit) == found
     assert PrecisionPlan.from_json(json.loads(json.dumps(found.to_json()))) == found
@@ -380,3 +385,17 @@ def test_a_planted_layer_is_left_in_float_by_a_plan_that_the_runtime_measured(
     found = plan(bench, losses, moved, max_drop=0.03)
     assert moved(()).value > 0.03
     assert found.float_layers == ("third",)
+
+
+def test_the_page_shows_the_plan_in_words_the_most_sensitive_layer_first(tmp_path):
+    bench = Faked({"a": QUIET, "b": LOUD, "<c>": QUIET})
+    record = planned(bench, max_drop=0.002).to_json()
+    told = details() | {"found": {"01-quantize": {"precision": json.loads(json.dumps(record))}}}
+    html = write_report(write_run(tmp_path, details=told)).read_text(encoding="utf-8")
+    section = html[html.index("What was adjusted") : html.index("Inside the")]
+    text = " ".join(re.sub("<[^>]+>", " ", section).split())
+    assert "for a drop of at most 0.20 points on validation" in text
+    assert "1 layer stays float: 0.56 of float's time, the fastest" in unescape(text)
+    assert text.index("b float 1 ± 0.1 50 20 100% of what") < text.index("a int8 0.0001 ± 1e-05")
+    assert "kept, chosen" in text and "broken" in text and "&lt;c&gt;" in text
+    assert not set('{}"') & set(text)

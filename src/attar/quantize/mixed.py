@@ -199,8 +199,10 @@ class _Search:
             )
         trial = self.tried[chosen]
         aim = {"max_drop": "the fastest that keeps the drop", "latency": "what loses least"}
+        count = len(trial.float_layers)
+        stay = "1 layer stays" if count == 1 else f"{count} layers stay"
         return (
-            f"{len(trial.float_layers)} layers stay float: {trial.ratio:.2f} of float's time, "
+            f"{stay} float: {trial.ratio:.2f} of float's time, "
             f"{aim[self.asks]} of {len(self.tried)} tried"
         )
 

@@ -107,7 +107,8 @@ def sensitivity(
         moved = apart(whole, torch.cat(answers[layer]))
         error = float(moved.std()) / math.sqrt(len(moved)) if len(moved) > 1 else math.nan
         drop = metric_drop(task, seen[None], seen[layer])
-        layers.append(LayerLoss(layer, float(moved.mean()), error, drop))
+        loss = max(float(moved.mean()), 0.0)  # divergences of equals are rounding, of either sign
+        layers.append(LayerLoss(layer, loss, error, drop))
     return Sensitivity(NATS if classes else SQUARED, len(whole), layers)
 
 
