@@ -22,7 +22,7 @@ from attar.measure.latency import time_interleaved
 from attar.student import Student, save_student
 from attar.tasks.base import Task
 from attar.tasks.intervals import metric_drop, metric_interval
-from attar.training.evaluation import outputs_of
+from attar.training.evaluation import outputs_of, session_outputs
 
 SPLITS = ("validation", "test")
 EVALUATION_BATCH = 64
@@ -138,9 +138,7 @@ def session_arrays(session: Answers, data: Data, task: Task) -> dict[str, np.nda
 def session_arrays_of(session: Answers, split: Split, task: Task) -> dict[str, np.ndarray]:
     """`outputs` and `statistics` of an exported model over one split."""
     outputs, statistics = [], []
-    for batch in split.batches(EVALUATION_BATCH):
-        args, _ = task.arguments(batch)
-        output = session(*(a.numpy() for a in args))[0]
+    for output, batch in session_outputs(session, split, task, batch_size=EVALUATION_BATCH):
         outputs.append(np.asarray(output, np.float32))
         statistics.append(task.statistics(output, batch))
     return {"outputs": np.concatenate(outputs), "statistics": np.concatenate(statistics)}

@@ -8,13 +8,16 @@ from typing import Any
 
 import numpy as np
 
+from attar.data.base import Split
 from attar.measure.intervals import Interval, ratio_interval
 from attar.measure.latency import time_interleaved
 from attar.quantize.fallback import LIMIT
 from attar.quantize.noise import LayerNoise, student_noise
-from attar.runtimes.base import Runtime
+from attar.runtimes.base import Runtime, Session
 from attar.runtimes.inside import Operator
 from attar.student import Student
+from attar.tasks.base import Task
+from attar.training.evaluation import session_outputs
 
 SECONDS = 0.6
 PROFILED_RUNS = 60
@@ -45,10 +48,7 @@ class RuntimeBench:
 
     def ratio(self, float_layers: tuple[str, ...]) -> Interval:
         """Measured for longer where the first look leaves open whether int8 is too slow."""
-        sessions = {
-            name: self._runtime.session(self._export(layers), threads=self._threads)
-            for name, layers in (("float", ("*",)), ("int8", float_layers))
-        }
+        sessions = {"float": self.session(("*",)), "int8": self.session(float_layers)}
         calls = {name: lambda s=s: s(*self._inputs) for name, s in sessions.items()}
         for seconds, rounds in ((SECONDS, 30), (4 * SECONDS, 90)):
             timed = time_interleaved(calls, seconds=seconds, rounds=rounds)
@@ -57,6 +57,21 @@ class RuntimeBench:
             if not ratio.low <= LIMIT < ratio.high:
                 break
         return ratio
+
+    def session(self, float_layers: tuple[str, ...]) -> Session:
+        """The exported student with these layers in float, loaded."""
+        return self._runtime.session(self._export(float_layers), threads=self._threads)
+
+    def statistics(self, float_layers: tuple[str, ...], split: Split, task: Task) -> np.ndarray:
+        """The task's per-example statistics of the exported student, (N, k)."""
+        answers = session_outputs(self.session(float_layers), split, task)
+        return np.concatenate([task.statistics(output, batch) for output, batch in answers])
+
+    def milliseconds(self, float_layers: tuple[str, ...]) -> float:
+        """The median time of an answer."""
+        session = self.session(float_layers)
+        timed = time_interleaved({"it": lambda: session(*self._inputs)}, seconds=SECONDS)
+        return float(timed["it"]["p50_ms"])
 
     def times(self, float_layers: tuple[str, ...]) -> dict[str, tuple[float, float]]:
         was, now = self._layer_times(("*",)), self._layer_times(float_layers)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from attar.errors import CheckpointError
 from attar.quantize.cpu import safe_on, weight_bits
@@ -99,7 +100,19 @@ class Quantized(Edit):
 
         Raises `CheckpointError` when the network's graph is not the one that was quantized.
         """
-        from attar.quantize.pt2e import convert, grids_of, prepare
+        from attar.quantize.pt2e import convert
+
+        return convert(self.prepared(module, example, dynamic_shapes))
+
+    def prepared(
+        self,
+        module: nn.Module,
+        example: tuple[Any, ...],
+        dynamic_shapes: tuple[dict[int, Any], ...],
+    ) -> GraphModule:
+        """The PT2E graph before it is converted: observers that know this edit's grids. Raises as
+        `graph`."""
+        from attar.quantize.pt2e import grids_of, prepare
 
         prepared = prepare(module, example, dynamic_shapes, self.scheme)
         grids = grids_of(prepared)
@@ -110,7 +123,7 @@ class Quantized(Edit):
             )
         for key, grid in grids.items():
             grid.fix(*self.grids[key])
-        return convert(prepared)
+        return prepared
 
     def summary(self) -> str:
         if self.scheme.all_float:

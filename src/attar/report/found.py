@@ -8,6 +8,7 @@ from typing import Any
 from attar import numbers
 from attar.report.diagnosis import is_diagnosis
 from attar.report.inside import is_inside
+from attar.report.precision import is_precision, precision
 from attar.report.record import RunRecord
 from attar.report.verdict import unit_of
 
@@ -26,7 +27,8 @@ def adjusted(run: RunRecord) -> list[dict[str, Any]]:
             for k, v in values.items()
             if is_diagnosis(v) or is_inside(v) or (k == "tried" and trials)
         }
-        rest = {k: _said(k, v) for k, v in values.items() if k not in shown_apart}
+        unit = unit_of(run.final)
+        rest = {k: _said(k, v, unit) for k, v in values.items() if k not in shown_apart}
         if not (rest or trials):
             continue
         number, _, stage = str(place).partition("-")
@@ -125,9 +127,11 @@ def _out(block: dict[str, Any]) -> dict[str, Any]:
     return {"layers": block["path"], "channels": gone, "loses": block["lost"], "saves": saves}
 
 
-def _said(key: str, value: Any) -> Any:
+def _said(key: str, value: Any, unit: str) -> Any:
     """The teacher's fastest form as a sentence, a plan of what to prune without the channels'
-    numbers; all else as it is."""
+    numbers, a plan of layers' precision as tables; all else as it is. unit: of the metric."""
+    if is_precision(value):
+        return precision(value, unit)
     if key == "plan" and isinstance(value, dict) and "parts" in value:
         blocks = [_out(block) for block in value.get("blocks", [])]
         return [*blocks, *(_planned(part) for part in value["parts"])]

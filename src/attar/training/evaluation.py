@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -65,6 +65,19 @@ def outputs_of(
         with evaluating(module):  # not around the loop: what is between two batches is the caller's
             logits = task.logits(module(*args, **kwargs)).float().cpu()
         yield logits, batch
+
+
+def session_outputs(
+    session: Callable[..., tuple[np.ndarray, ...]],
+    split: Split,
+    task: Task,
+    *,
+    batch_size: int = 64,
+) -> Iterator[tuple[np.ndarray, Batch]]:
+    """As `outputs_of`, of an exported model: arrays in, arrays out; its first output is taken."""
+    for batch in split.batches(batch_size):
+        args, _ = task.arguments(batch)
+        yield session(*(a.numpy() for a in args))[0], batch
 
 
 def statistics_of(
