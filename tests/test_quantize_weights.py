@@ -19,6 +19,7 @@ from attar.errors import CheckpointError, ConstraintBroken, UsageError
 from attar.prune import Masked
 from attar.quantize import quantize_weights, quantized_reference
 from attar.quantize.weight_scales import LIMITS, integers, step_sizes
+from attar.runtimes import runtimes
 from attar.runtimes.onnxruntime import OnnxRuntime
 from attar.runtimes.onnxruntime_profile import operators
 from attar.runtimes.parity import FLOAT, bound_for, check_parity
@@ -205,6 +206,17 @@ def test_files_shrink_by_the_bits_that_weights_take(tmp_path):
             assert plain - size == pytest.approx(saved, rel=0.1), (precision, optimise)
 
 
+@pytest.mark.parametrize("precision", ["int8", "float16", "bfloat16"])
+def test_openvino_answers_as_the_rounded_network(precision, tmp_path):
+    openvino = runtimes.get("openvino")()
+    if not openvino.available()[0]:
+        pytest.skip("the extra `openvino` is not installed")
+    student = stored(student_of(ConvNet), precision, runtime="openvino")
+    openvino.export(student, tmp_path, **TRACED, names=NAMES)
+    answers = openvino.session(tmp_path)(IMAGES.numpy())[0]
+    check_parity(reference(student), answers, same_class, FLOAT)
+
+
 def test_four_bit_products_can_be_by_integers(tmp_path):
     student = stored(student_of(Large), "int4", group=32, kernel="matmulnbits")
     export(student, tmp_path, optimise=True)
@@ -322,6 +334,7 @@ def test_a_student_without_its_scales_is_refused(tmp_path):
         ({"precision": "int4", "float_layers": ("haed",)}, "no layer 'haed'; did you mean 'head'"),
         ({"precision": "int4", "float_layers": ("*",)}, "no weight is left to store as int4"),
         ({"precision": "int4", "runtime": "executorch"}, "no scheme int4-weights: it has int8"),
+        ({"precision": "int4", "runtime": "openvino"}, "openvino has no scheme int4-weights"),
         ({"precision": "int8", "kernel": "matmulnbits", "group": 32}, "the kernel expanded works"),
         ({"precision": "int4", "grids": {"hed.weight": torch.ones(1)}}, "no weight 'hed.weight'"),
         ({"precision": "int4", "grids": {"head.weight": torch.ones(3)}}, "10 rows of 1 groups"),

@@ -29,7 +29,14 @@ class OpenVino(Runtime):
     name: ClassVar[str] = "openvino"
     model_file: ClassVar[str] = "model.onnx"
     passes: ClassVar[tuple[GraphPasses, ...]] = ("all",)
-    schemes: ClassVar[tuple[str, ...]] = OnnxRuntime.schemes
+    # Two integers to a byte (BitwiseAnd, BitShift) come out wrong in OpenVINO: no int4-weights.
+    schemes: ClassVar[tuple[str, ...]] = (
+        "int8",
+        "int8-weights",
+        "float16",
+        "bfloat16",
+        "int8-dynamic",
+    )
 
     @classmethod
     def available(cls) -> tuple[bool, str]:
