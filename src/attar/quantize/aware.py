@@ -82,11 +82,11 @@ class QuantizationAware(Objective):
         self._stand_ins: list[StandIn] = []  # in a list, so that it is no part of this module
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            if torch.distributed.get_world_size() > 1:
-                raise UsageError(
-                    "quantization-aware training runs in one process: start it without torchrun"
-                )
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if distributed and torch.distributed.get_world_size() > 1:
+            raise UsageError(
+                "quantization-aware training runs in one process: start it without torchrun"
+            )
         frozen = epoch >= min(math.ceil(self._freeze * epochs), epochs - 1)
         if frozen != self._frozen:
             self._frozen, self._stand_ins = frozen, []
@@ -125,9 +125,9 @@ class QuantizationAware(Objective):
         there = [path for path, _ in network.named_modules() if path not in self._graph.lost]
         for path in sorted(wanted & self._graph.lost):
             raise ExportError(
-                f"a criterion reads {path!r} of the student, whose output is not computed any more "
-                f"in the quantized graph (a batch norm after it is folded into it){near(path, there)}"
-                ": name the batch norm or what follows it"
+                f"a criterion reads {path!r} of the student, whose output the quantized graph "
+                "doesn't compute (a batch norm after it is folded into it): name the batch norm or "
+                f"what follows it{near(path, there)}"
             )
 
 
@@ -145,9 +145,9 @@ def quantize_aware(
     """The student trained with its grids, and its `Quantized` edit (`QuantizationAware`).
 
     train: trains it in place through the objective that its argument makes of another one, and
-    returns it: `lambda wrap: run.train(student, training, wrap=wrap)`. examples: gives calibration's
-    argument tuples, batch first, the same ones whenever it is called. The rest is as `quantize` and
-    `QuantizationAware` have it, with what they raise.
+    returns it: `lambda wrap: run.train(student, training, wrap=wrap)`. examples: gives the argument
+    tuples to calibrate with, batch first, the same ones whenever it is called. The rest is as
+    `quantize` and `QuantizationAware` have it, with what they raise.
 
     Example:
         >>> small = quantize_aware(                                            # doctest: +SKIP

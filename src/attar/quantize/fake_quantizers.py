@@ -49,6 +49,11 @@ class FakeQuantizer(nn.Module):
         return self.scale.detach().cpu().clone(), zero_point.cpu().clone()
 
     @property
+    def starts_at_zero(self) -> bool:
+        """Whether the grid has no negative values."""
+        return int(self.zero_point.flatten()[0]) == self.ends[0]
+
+    @property
     def scale(self) -> Tensor:
         """Of the grid: a scalar, or (channels,)."""
         return self.log_step.exp() * self.factors if self.per_channel else self.log_step.exp()

@@ -134,6 +134,7 @@ def _fold(graph: GraphModule, norm: Node) -> None:
         return moved if bias is None else moved + bias(tensors) * factor(tensors)
 
     _set_constants(graph, layer, norm, weight, shifted)
+    layer.meta[OUTPUT_OF] = []  # what it answered without the norm is computed no more
     _replace(norm, layer)
 
 
@@ -213,9 +214,7 @@ def _arithmetic(graph: GraphModule, norm: Node, target: Any, source: Node, by: M
     return node
 
 
-def _set_constants(
-    graph: GraphModule, layer: Node, norm: Node, weight: Made, bias: Made
-) -> None:
+def _set_constants(graph: GraphModule, layer: Node, norm: Node, weight: Made, bias: Made) -> None:
     """Gives a layer constants of its own, named by its module: another layer may read the old."""
     path = module_path(layer) or layer.name
     weight_name = f"{path}.weight"
