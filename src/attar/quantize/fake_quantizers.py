@@ -20,6 +20,8 @@ class FakeQuantizer(nn.Module):
     Zero points are whole and not learned.
     """
 
+    zero_point: Tensor
+
     def __init__(self, grid: Grid, *, learned: bool, shared: bool = False) -> None:
         super().__init__()
         self.key = grid.key
@@ -45,8 +47,7 @@ class FakeQuantizer(nn.Module):
 
     def grid(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point as they are, on the CPU."""
-        zero_point: Tensor = self.zero_point
-        return self.scale.detach().cpu().clone(), zero_point.cpu().clone()
+        return self.scale.detach().cpu().clone(), self.zero_point.cpu().clone()
 
     @property
     def starts_at_zero(self) -> bool:

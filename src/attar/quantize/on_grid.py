@@ -54,7 +54,7 @@ class OnGrid(Objective):
     def undecayed(self) -> Iterable[nn.Parameter]:
         return self.inner.undecayed()
 
-    def judged(self, model: nn.Module) -> nn.Module:
+    def judged(self, model: nn.Module) -> StandIn:
         return StandIn(model, model, self._computed)
 
     def kept(self) -> dict[str, Tensor]:
