@@ -51,8 +51,13 @@ def _share_grid(grid: PerChannelWeight, weight: Tensor) -> None:
     """One grid for the weight as it is in the network. Folding has multiplied each channel by its
     batch norm's factor, and the scale follows: equal weights stay equal integers."""
     own = weight.abs().flatten(1).amax(1)
-    factor = torch.where((own > 0) & (grid.largest > 0), grid.largest / own, 1.0)
-    grid.spread(factor * own.max())
+    grid.spread(channel_factors(own, grid.largest) * own.max())
+
+
+def channel_factors(own: Tensor, folded: Tensor) -> Tensor:
+    """What folding has multiplied channels by, from their largest magnitudes before and after it;
+    1 for a channel of zeros."""
+    return torch.where((own > 0) & (folded > 0), folded / own, 1.0)
 
 
 def _make_room_for_bias(prepared: GraphModule, modules: dict[str, Any], layer: Node) -> None:
@@ -62,8 +67,13 @@ def _make_room_for_bias(prepared: GraphModule, modules: dict[str, Any], layer: N
     if not isinstance(source, Grid) or not isinstance(weight, PerChannelWeight) or bias is None:
         return
     values = constant(prepared, argument(argument(layer, 2)))
-    least = values.abs() / (source.scale * LARGEST_BIAS)
+    least = least_weight_scale(values, source.scale)
     weight.fix(torch.maximum(weight.scale, least), weight.zero_point)
+
+
+def least_weight_scale(bias: Tensor, input_scale: Tensor) -> Tensor:
+    """The smallest scale of a channel's weights with which its bias still fits."""
+    return bias.abs() / (input_scale * LARGEST_BIAS)
 
 
 def _targets(layer: Node) -> list[Any]:

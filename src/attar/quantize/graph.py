@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +16,13 @@ from attar.runtimes.aten import argument, constant, is_constant, module_path, op
 IDENTITIES = {"dropout", "feature_dropout", "alias", "detach", "lift_fresh"}
 VIEWS = {"slice", "select", "view", "reshape", "transpose", "permute", "narrow", "flatten"}
 FOLDABLE = {"conv1d", "conv2d", "conv3d", "linear"}
+OUTPUT_OF = "output_of"
+"""A node's mark: the calls of modules, as (call, path), whose output its value may be."""
+
+Tensors = Mapping[str, Tensor]
+"""A network's parameters and buffers by path."""
+Made = Callable[[Tensors], Tensor]
+"""How a tensor is made from the network's, differentiably."""
 
 
 def capture(
@@ -24,7 +32,8 @@ def capture(
 
     Nothing in it works in place, does nothing, or is a batch norm: these are folded into the layer
     before them, or become a 1×1 convolution of their own. (PT2E's own folding changes what else
-    reads the convolution, and the second use of a shared one.) Raises `ExportError`.
+    reads the convolution, and the second use of a shared one.) How the folded constants are made
+    is kept with the graph (`folds`). Raises `ExportError`.
     """
     network = copy.deepcopy(module).cpu().eval()
     try:
@@ -38,6 +47,8 @@ def capture(
             f"can't trace {type(module).__name__} to quantize it: {reason}"
         ) from error
     graph: GraphModule = program.module(check_guards=False)
+    graph.meta["originals"], graph.meta["folds"] = tensors_of(graph), {}
+    _mark_outputs(graph)
     _functional(graph)
     for node in list(graph.graph.nodes):
         if operator(node) in IDENTITIES:
@@ -49,7 +60,36 @@ def capture(
     return graph
 
 
+def folds(graph: GraphModule) -> dict[str, Made]:
+    """How a captured graph's own constants are made from the network's tensors, by name; each other
+    constant is the network's tensor of its name. Results are in float64 where the device has it."""
+    made: dict[str, Made] = graph.meta["folds"]
+    return made
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by path, tied ones under each of their names."""
+    return {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+
+
+def _mark_outputs(graph: GraphModule) -> None:
+    """Marks what leaves each call of a module, before anything is rewritten."""
+    for node in graph.graph.nodes:
+        around = set.intersection(*(set(_calls(user)) for user in node.users or [node]))
+        left = [(call, path) for call, path in _calls(node).items() if call not in around]
+        node.meta[OUTPUT_OF] = left
+
+
+def _calls(node: Node) -> dict[str, str]:
+    """The calls of modules that a node was traced in, and the modules' paths."""
+    return {call: path for call, (path, _) in node.meta.get("nn_module_stack", {}).items()}
+
+
 def _replace(node: Node, by: Node) -> None:
+    by.meta[OUTPUT_OF] = [*by.meta.get(OUTPUT_OF, []), *node.meta.get(OUTPUT_OF, [])]
     node.replace_all_uses_with(by)
     node.graph.erase_node(node)
 
@@ -83,12 +123,33 @@ def _fold(graph: GraphModule, norm: Node) -> None:
     if not _takes(layer, norm):
         _as_layer(graph, norm, factor, offset)
         return
-    weight = constant(graph, argument(layer, 1)).double()
-    if argument(layer, 2) is not None:
-        offset = offset + constant(graph, argument(layer, 2)).double() * factor
-    weight = weight * factor.reshape(-1, *[1] * (weight.dim() - 1))
-    _set_constants(graph, layer, norm, weight, offset)
+    unfolded, bias = _made(graph, argument(layer, 1)), _maybe_made(graph, argument(layer, 2))
+
+    def weight(tensors: Tensors) -> Tensor:
+        value = unfolded(tensors)
+        return value * factor(tensors).reshape(-1, *[1] * (value.dim() - 1))
+
+    def shifted(tensors: Tensors) -> Tensor:
+        moved = offset(tensors)
+        return moved if bias is None else moved + bias(tensors) * factor(tensors)
+
+    _set_constants(graph, layer, norm, weight, shifted)
+    layer.meta[OUTPUT_OF] = []  # what it answered without the norm is computed no more
     _replace(norm, layer)
+
+
+def _made(graph: GraphModule, node: Node) -> Made:
+    """How the constant that a node reads is made, as wide as folding wants it."""
+    name, fixed = str(node.target), constant(graph, node)
+    return folds(graph).get(name, lambda tensors: _wide(tensors.get(name, fixed)))
+
+
+def _maybe_made(graph: GraphModule, node: Node | None) -> Made | None:
+    return None if node is None else _made(graph, node)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.device.type == "mps" else x.double()  # which has no float64
 
 
 def _takes(layer: Node, norm: Node) -> bool:
@@ -103,19 +164,24 @@ def _takes(layer: Node, norm: Node) -> bool:
     )
 
 
-def _affine(graph: GraphModule, norm: Node) -> tuple[Tensor, Tensor]:
-    """An evaluating batch norm as `factor · x + offset`, float64 (channels,)."""
-    mean, variance = (constant(graph, argument(norm, i)).double() for i in (3, 4))
-    factor = (variance + argument(norm, 7)).rsqrt()
-    if argument(norm, 1) is not None:
-        factor = factor * constant(graph, argument(norm, 1)).double()
-    offset = -mean * factor
-    if argument(norm, 2) is not None:
-        offset = offset + constant(graph, argument(norm, 2)).double()
+def _affine(graph: GraphModule, norm: Node) -> tuple[Made, Made]:
+    """An evaluating batch norm as `factor · x + offset`, (channels,) each."""
+    gamma, beta = (_maybe_made(graph, argument(norm, i)) for i in (1, 2))
+    mean, variance = (_made(graph, argument(norm, i)) for i in (3, 4))
+    epsilon = argument(norm, 7)
+
+    def factor(tensors: Tensors) -> Tensor:
+        scale = (variance(tensors) + epsilon).rsqrt()
+        return scale if gamma is None else scale * gamma(tensors)
+
+    def offset(tensors: Tensors) -> Tensor:
+        moved = -mean(tensors) * factor(tensors)
+        return moved if beta is None else moved + beta(tensors)
+
     return factor, offset
 
 
-def _as_layer(graph: GraphModule, norm: Node, factor: Tensor, offset: Tensor) -> None:
+def _as_layer(graph: GraphModule, norm: Node, factor: Made, offset: Made) -> None:
     """A convolution with one weight a channel, which its grid holds exactly; arithmetic where there
     is nothing to convolve, on (N, channels)."""
     spatial = rank(norm) - 2
@@ -125,34 +191,38 @@ def _as_layer(graph: GraphModule, norm: Node, factor: Tensor, offset: Tensor) ->
         return
     convolve = getattr(torch.ops.aten, f"conv{spatial}d").default
     one, none = [1] * spatial, [0] * spatial
+    channels = len(constant(graph, argument(norm, 3)))
     with graph.graph.inserting_before(norm):
         layer = graph.graph.call_function(
-            convolve, (argument(norm), None, None, one, none, one, len(factor))
+            convolve, (argument(norm), None, None, one, none, one, channels)
         )
     layer.meta = dict(norm.meta)
-    _set_constants(graph, layer, norm, factor.reshape(-1, 1, *one), offset)
+    layer.meta[OUTPUT_OF] = []
+
+    def weight(tensors: Tensors) -> Tensor:
+        return factor(tensors).reshape(-1, 1, *one)
+
+    _set_constants(graph, layer, norm, weight, offset)
     _replace(norm, layer)
 
 
-def _arithmetic(graph: GraphModule, norm: Node, target: Any, source: Node, by: Tensor) -> Node:
+def _arithmetic(graph: GraphModule, norm: Node, target: Any, source: Node, by: Made) -> Node:
     number = _new_constant(graph, norm, f"{norm.name}_{target.__name__}", by)
     with graph.graph.inserting_before(norm):
         node = graph.graph.call_function(target.Tensor, (source, number))
-    node.meta = dict(norm.meta)
+    node.meta = {**norm.meta, OUTPUT_OF: []}
     return node
 
 
-def _set_constants(
-    graph: GraphModule, layer: Node, norm: Node, weight: Tensor, bias: Tensor
-) -> None:
+def _set_constants(graph: GraphModule, layer: Node, norm: Node, weight: Made, bias: Made) -> None:
     """Gives a layer constants of its own, named by its module: another layer may read the old."""
     path = module_path(layer) or layer.name
     weight_name = f"{path}.weight"
     if any(user not in (layer, norm) for user in _readers(graph, weight_name)):
         path = f"{path}.{layer.name}"
     constants = [
-        _new_constant(graph, layer, f"{path}.{name}", value)
-        for name, value in (("weight", weight), ("bias", bias))
+        _new_constant(graph, layer, f"{path}.{name}", made)
+        for name, made in (("weight", weight), ("bias", bias))
     ]
     layer.args = (layer.args[0], *constants, *layer.args[3:])
 
@@ -162,7 +232,10 @@ def _readers(graph: GraphModule, name: str) -> set[Node]:
     return {user for node in nodes for user in node.users}
 
 
-def _new_constant(graph: GraphModule, before: Node, name: str, value: Tensor) -> Node:
+def _new_constant(graph: GraphModule, before: Node, name: str, made: Made) -> Node:
+    folds(graph)[name] = made
+    with torch.no_grad():
+        value = made(graph.meta["originals"]).float()
     owner: nn.Module = graph
     *path, last = name.split(".")
     for part in path:
@@ -171,9 +244,9 @@ def _new_constant(graph: GraphModule, before: Node, name: str, value: Tensor) ->
         owner = getattr(owner, part)
     if hasattr(owner, last):
         delattr(owner, last)
-    owner.register_buffer(last, value.float())
+    owner.register_buffer(last, value)
     with graph.graph.inserting_before(before):
         node = graph.graph.get_attr(name)
     mode = before.meta["val"].fake_mode
-    node.meta["val"] = mode.from_tensor(value.float(), static_shapes=True)
+    node.meta["val"] = mode.from_tensor(value, static_shapes=True)
     return node

@@ -42,6 +42,10 @@ class Grid(ObserverBase):
         """Chooses the grid from what was seen."""
         raise NotImplementedError
 
+    def forget(self) -> None:
+        """Begins to look anew."""
+        raise NotImplementedError
+
     def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
         return self.scale, self.zero_point
 
@@ -56,6 +60,9 @@ class ActivationObserver(Grid):
         super().__init__(*arguments, **named)
         self.seen = Histogram()
         self._choice = ranges.get(choice)
+
+    def forget(self) -> None:
+        self.seen = Histogram()
 
     def forward(self, x: Tensor) -> Tensor:
         try:
@@ -83,6 +90,9 @@ class PerChannelWeight(Grid):
     def __init__(self, *arguments: Any, ch_axis: int = 0, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self.ch_axis = ch_axis
+        self.largest = torch.empty(0)
+
+    def forget(self) -> None:
         self.largest = torch.empty(0)
 
     def forward(self, weight: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""Training that feels the weights' integer grid: what `recover` does in the quantize stage."""
+"""Training that feels the weights' integer grid, while activations stay float."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from attar.data.base import Batch
+from attar.quantize.graph import capture, folds, tensors_of
+from attar.quantize.learned_steps import grown, on_learned_grid
+from attar.quantize.stand_in import StandIn
 from attar.training.objective import Objective
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -23,7 +27,8 @@ class OnGrid(Objective):
     tensor where `per_tensor` names it; a batch norm that follows scales a channel as a whole and
     doesn't change that. Gradients pass the rounding as if it were not there (straight-through
     estimator, Bengio et al. 2013, section 4), so the network that is trained stays a float one.
-    Activations are computed in float: their grids are chosen after the training.
+    Activations are computed in float: their grids are chosen after the training. The rounded
+    network is what validation judges.
 
     Example:
         >>> objective = OnGrid(recovery_objective(task, teacher, training))  # doctest: +SKIP
@@ -41,35 +46,138 @@ class OnGrid(Objective):
         self.inner = inner
         self._largest = min(127, 2 ** (bits - 1))
         self._per_tensor = frozenset(per_tensor)
+        self._stand_ins: list[StandIn] = []  # in a list, so that it is no part of this module
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
         self.inner.start_epoch(epoch, epochs)
 
+    def undecayed(self) -> Iterable[nn.Parameter]:
+        return self.inner.undecayed()
+
+    def judged(self, model: nn.Module) -> StandIn:
+        return StandIn(model, model, self._computed)
+
+    def kept(self) -> dict[str, Tensor]:
+        return {f"inner.{name}": value for name, value in self.inner.kept().items()}
+
     def forward(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        weights = {
-            path: rounded(weight, self._largest, per_tensor=path in self._per_tensor)
-            for path, weight in self._weights(model).items()
-        }
-        return self.inner(_Rounded(model, weights), batch)
+        if not self._stand_ins or self._stand_ins[0].network is not model:
+            self._stand_ins = [StandIn(model, model, self._computed)]
+        return self.inner(self._stand_ins[0], batch)
 
-    def _weights(self, model: nn.Module) -> dict[str, Tensor]:
+    def _computed(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        weights = {path: self._rounded(path, w) for path, w in layer_weights(network).items()}
+        return functional_call(network, weights, args, kwargs, tie_weights=False)
+
+    def _rounded(self, path: str, weight: Tensor) -> Tensor:
+        return rounded(weight, self._largest, per_tensor=path in self._per_tensor)
+
+
+class OnLearnedGrid(OnGrid):
+    """`OnGrid` to few bits, its steps learned with the weights (LSQ: Esser et al. 2020): for
+    weights that are stored in 2 to 8 bits, ±(2^(bits-1) - 1) steps, and computed with in float.
+
+    network: the one that will be trained. `scales()` gives the learned scales afterwards, and
+    `folded_scales` those of the weights that batch norms were folded into.
+
+    Example:
+        >>> objective = OnLearnedGrid(TaskObjective(task), net, bits=4)  # doctest: +SKIP
+        >>> train(net, objective=objective, ...)  # doctest: +SKIP
+        >>> scales = folded_scales(net, objective.scales(), (x,), shapes)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        inner: Objective,
+        network: nn.Module,
+        *,
+        bits: int = 4,
+        per_tensor: Collection[str] = (),
+    ) -> None:
+        super().__init__(inner, bits=bits, per_tensor=per_tensor)
+        self._largest = 2 ** (bits - 1) - 1
+        self.log_steps = nn.ParameterDict(
+            {
+                _name(path): nn.Parameter(self._first(path, weight.detach()).log())
+                for path, weight in layer_weights(network).items()
+            }
+        )
+
+    def undecayed(self) -> Iterable[nn.Parameter]:
+        return [*self.log_steps.values(), *self.inner.undecayed()]
+
+    def kept(self) -> dict[str, Tensor]:
+        own = {f"log_steps.{name}": value for name, value in self.log_steps.items()}
+        return {**super().kept(), **own}
+
+    def scales(self) -> dict[str, Tensor]:
+        """The learned scales by weight path (`layer1.0.conv1.weight`), float32 on the CPU: one an
+        output channel, (channels,), or one, (), where a weight has a grid for all of it."""
         return {
-            f"{path}.weight": layer.weight
-            for path, layer in model.named_modules()
-            if isinstance(layer, LAYERS)
+            name.replace("/", "."): step.detach().exp().float().cpu()
+            for name, step in self.log_steps.items()
         }
 
+    def _first(self, path: str, weight: Tensor) -> Tensor:
+        """LSQ's own (section 2.1): `2 · mean|w| / √largest`, which the largest values may exceed; a
+        channel of zeros takes the whole weight's."""
+        whole = weight.abs().mean().clamp_min(1e-9)
+        mean = whole if path in self._per_tensor else weight.abs().flatten(1).mean(1)
+        return 2 * torch.where(mean > 0, mean, whole) / math.sqrt(self._largest)
 
-class _Rounded(nn.Module):
-    """The network, computing with other weights; it isn't a part of this module."""
+    def _rounded(self, path: str, weight: Tensor) -> Tensor:
+        log_step = self.log_steps[_name(path)]
+        step = grown(log_step, weight.numel() // log_step.numel(), self._largest)
+        if step.dim():
+            step = step.reshape(-1, *[1] * (weight.dim() - 1))
+        return on_learned_grid(weight, step, -self._largest, self._largest)
 
-    def __init__(self, network: nn.Module, weights: dict[str, Tensor]) -> None:
-        super().__init__()
-        self._call = (network, weights)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        network, weights = self._call
-        return functional_call(network, weights, args, kwargs)
+def _name(path: str) -> str:
+    """A path as a parameter's name, which may have no dots."""
+    return path.replace(".", "/")
+
+
+def layer_weights(network: nn.Module) -> dict[str, Tensor]:
+    """The weights of convolutions and linear layers, by path."""
+    return {
+        f"{path}.weight" if path else "weight": layer.weight
+        for path, layer in network.named_modules()
+        if isinstance(layer, LAYERS)
+    }
+
+
+def folded_scales(
+    network: nn.Module,
+    scales: Mapping[str, Tensor],
+    example: tuple[Any, ...],
+    dynamic_shapes: tuple[dict[int, Any], ...],
+) -> dict[str, Tensor]:
+    """The scales of the exported graph's weights, by layer path (`layer1.0.conv1`), (channels,).
+
+    scales: those of the network's own weights, by path, as `OnLearnedGrid.scales` gives them. A
+    batch norm folded into a layer multiplies each channel by `γ / √(σ² + ε)`, and its scale by the
+    magnitude of that: the integers stay the same but for the sign.
+    Raises `ExportError` for a network that can't be traced.
+    """
+    graph = capture(network, example, dynamic_shapes)
+    made, tensors = folds(graph), {k: v.cpu() for k, v in tensors_of(network).items()}
+    folded: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for node in graph.graph.nodes:
+            name = str(node.target)
+            if node.op != "get_attr" or not name.endswith("weight"):
+                continue
+            for path, scale in scales.items():
+                layer = path.removesuffix(".weight")
+                if name != path and not name.startswith(f"{layer}."):
+                    continue
+                ones = torch.ones_like(tensors[path])
+                # Folding is linear in the weight, so ones show what it multiplies channels by.
+                factor = made[name]({**tensors, path: ones}) if name in made else ones
+                each = factor.abs().flatten(1).amax(1).float()
+                folded[name.removesuffix(".weight")] = each * scale
+    return folded
 
 
 def rounded(weight: Tensor, largest: int, *, per_tensor: bool = False) -> Tensor:

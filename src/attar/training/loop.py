@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,7 @@ class _Run:
         self.history: list[dict[str, Any]] = []
         self.epoch = 0
         self.best: dict[str, Tensor] | None = None
+        self.kept: dict[str, Tensor] = {}
         self.best_value = math.nan
         # Accelerate joins processes without a GPU only when it is told that there is none
         self.accelerator = Accelerator(cpu=not torch.accelerator.is_available())
@@ -116,7 +117,7 @@ class _Run:
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         step = Step(module, objective)
         self.parameters = [p for p in step.parameters() if p.requires_grad]
-        optimizer = make_optimizer(self.parameters, training.optimizer)
+        optimizer = make_optimizer(self.parameters, training.optimizer, objective.undecayed())
         self.step, self.optimizer = self.accelerator.prepare(step, optimizer)
         self.objective = objective
         self.average = (
@@ -191,10 +192,12 @@ class _Run:
         if self.average is not None and after is not None:
             after(self.average.module)  # a mean of networks that keep a promise may break it
         self._share_buffers()
-        value = self.task.value(statistics_of(self.candidate, self.data.validation, self.task))
+        judged = self.objective.judged(self.candidate)
+        value = self.task.value(statistics_of(judged, self.data.validation, self.task))
         better = self.best is None or self._improves(value)
         if better or self.training.keep == "last":
-            self.best = {k: v.detach().clone() for k, v in self.candidate.state_dict().items()}
+            self.best = _copied(self.candidate.state_dict())
+            self.kept = _copied(self.objective.kept())
         if better:
             self.best_value = value
         self.epoch = epoch + 1
@@ -229,6 +232,7 @@ class _Run:
         """Puts the kept weights into the module and everything else away."""
         assert self.best is not None
         load_weights(self.module, self.best)
+        self.objective.load_state_dict(self.kept, strict=False)
         self.module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         self.module.zero_grad(set_to_none=True)
         self.module.eval()
@@ -242,6 +246,7 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.state_dict() if self.average is not None else None,
             "best": self.best,
+            "kept": self.kept,
             "best_value": self.best_value,
             "history": self.history,
         }
@@ -259,6 +264,7 @@ class _Run:
             if self.average is not None:
                 self.average.load_state_dict(state["average"])
             self.epoch, self.best = state["epoch"], state["best"]
+            self.kept = state.get("kept", {})
             self.best_value, self.history = state["best_value"], state["history"]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0]
@@ -315,18 +321,29 @@ class _Run:
         return value < self.best_value
 
 
-def make_optimizer(parameters: list[nn.Parameter], config: Optimizer) -> torch.optim.Optimizer:
-    """The update rule that `config` names, in its fused form."""
+def make_optimizer(
+    parameters: list[nn.Parameter], config: Optimizer, undecayed: Iterable[nn.Parameter] = ()
+) -> torch.optim.Optimizer:
+    """The update rule that `config` names, in its fused form. undecayed: which of the parameters
+    weight decay leaves alone."""
+    spared = {id(p) for p in undecayed}
+    groups: list[dict[str, Any]] = [{"params": [p for p in parameters if id(p) not in spared]}]
+    if alone := [p for p in parameters if id(p) in spared]:
+        groups.append({"params": alone, "weight_decay": 0.0})
     if config.name == "sgd":
         return torch.optim.SGD(
-            parameters,
+            groups,
             lr=config.lr,
             momentum=config.momentum,
             nesterov=config.nesterov and config.momentum > 0,
             weight_decay=config.weight_decay,
             fused=True,
         )
-    return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+
+
+def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in state.items()}
 
 
 def uses_convolutions(module: nn.Module) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor, nn
 
 from attar.data.base import Batch
@@ -21,6 +23,20 @@ class Objective(nn.Module):
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
         """Called before each epoch, counted from 0."""
+
+    def undecayed(self) -> Iterable[nn.Parameter]:
+        """Those of its own parameters that weight decay would spoil; by default none."""
+        return ()
+
+    def judged(self, model: nn.Module) -> nn.Module:
+        """The network that is validated after an epoch: what `model` will be when it is deployed;
+        by default `model` itself."""
+        return model
+
+    def kept(self) -> dict[str, Tensor]:
+        """Entries of its own state that belong to the weights of an epoch, and come back with them
+        when that epoch's are the ones kept; by default none."""
+        return {}
 
 
 class TaskObjective(Objective):
