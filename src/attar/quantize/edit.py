@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from attar.errors import CheckpointError
 from attar.quantize.cpu import safe_on, weight_bits
@@ -46,29 +47,41 @@ class Quantized(Edit):
     The weights stay as they were, in float; `graph` makes the quantized graph from them and the
     grids, the same in any process. So the promise is that the weights are still those that the
     grids were chosen for.
+
+    biases: what bias correction adds to layers' biases, float32 (channels,), by the key of the
+    layer's weight's grid without `/weight`; none by default.
     """
 
     kind: ClassVar[str] = "quantized"
 
-    def __init__(self, scheme: Scheme, grids: Grids, weights_sha256: str) -> None:
+    def __init__(
+        self,
+        scheme: Scheme,
+        grids: Grids,
+        weights_sha256: str,
+        biases: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.scheme = scheme
         self.grids = grids
         self.weights_sha256 = weights_sha256
+        self.biases = dict(biases or {})
 
     def to_json(self) -> dict[str, Any]:
         return {
             "scheme": asdict(self.scheme),
             "safe_on": safe_on(self.scheme.weight_bits),
             "grids": list(self.grids),
+            "biases": list(self.biases),
             "weights_sha256": self.weights_sha256,
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        return {
+        grids = {
             f"{name}/{key}": tensor
             for key, grid in self.grids.items()
             for name, tensor in zip(("scale", "zero_point"), grid, strict=True)
         }
+        return grids | {f"bias/{key}": bias for key, bias in self.biases.items()}
 
     @classmethod
     def from_json(cls, record: dict[str, Any], tensors: dict[str, Tensor]) -> Quantized:
@@ -76,11 +89,12 @@ class Quantized(Edit):
             grids = {
                 k: (tensors[f"scale/{k}"], tensors[f"zero_point/{k}"]) for k in record["grids"]
             }
+            biases = {k: tensors[f"bias/{k}"] for k in record.get("biases", ())}
         except KeyError as error:
             raise CheckpointError(f"the student's quantization lacks {error}") from None
         known = record["scheme"]
         scheme = Scheme(**{**known, "float_layers": tuple(known["float_layers"])})
-        return cls(scheme, grids, record["weights_sha256"])
+        return cls(scheme, grids, record["weights_sha256"], biases)
 
     def check(self, module: nn.Module) -> list[str]:
         if weights_sha256(module) == self.weights_sha256:
@@ -97,9 +111,20 @@ class Quantized(Edit):
 
         Raises `CheckpointError` when the network's graph is not the one that was quantized.
         """
-        from attar.quantize.pt2e import convert, grids_of, prepare
+        from attar.quantize.pt2e import convert
 
-        prepared = prepare(module, example, dynamic_shapes, self.scheme)
+        return convert(self.prepared(module, example, dynamic_shapes))
+
+    def prepared(
+        self,
+        module: nn.Module,
+        example: tuple[Any, ...],
+        dynamic_shapes: tuple[dict[int, Any], ...],
+    ) -> GraphModule:
+        """The graph before its conversion, its observers holding the grids. Raises as `graph`."""
+        from attar.quantize.pt2e import grids_of, prepare
+
+        prepared = prepare(module, example, dynamic_shapes, self.scheme, self.biases)
         grids = grids_of(prepared)
         if missing := grids.keys() ^ self.grids.keys():
             raise CheckpointError(
@@ -108,7 +133,7 @@ class Quantized(Edit):
             )
         for key, grid in grids.items():
             grid.fix(*self.grids[key])
-        return convert(prepared)
+        return prepared
 
     def summary(self) -> str:
         if self.scheme.all_float:
