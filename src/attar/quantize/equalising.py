@@ -113,10 +113,7 @@ def _factor(module: nn.Module, link: Link) -> Tensor:
     """sqrt(r1 / r2), float64; one for a channel that nothing makes or reads."""
     made = _folded(module, link.maker).flatten(1).amax(1)
     read = torch.stack(
-        [
-            input_peaks(_folded(module, r.layer), groups_of(r.layer), r.repeat)
-            for r in link.readers
-        ]
+        [input_peaks(_folded(module, r.layer), groups_of(r.layer), r.repeat) for r in link.readers]
     ).amax(0)
     return torch.where((made > 0) & (read > 0), (made / read).sqrt(), 1.0)
 

@@ -246,6 +246,7 @@ class _Rounder:
         weight.copy_(rounded)
         rest = layer.arguments[2:]
         answer = layer.node.target(layer.arguments[0], rounded, *rest)
+        assert isinstance(answer, Tensor)
         return answer
 
     def record(self) -> dict[str, Any]:
@@ -351,8 +352,8 @@ def _relu_after(layer: Node) -> bool:
 
 
 def _sampled(layer: Any, weight: Tensor, effort: Effort) -> tuple[Tensor, Tensor]:
-    """What the quantized layer reads at some of its output positions, (positions, channels · …), and
-    what the float layer answers there, (positions, out)."""
+    """What the quantized layer reads at some of its output positions, (positions, inputs), and what
+    the float layer answers there, (positions, out)."""
     generator = torch.Generator().manual_seed(effort.seed)
     x, y = layer.inputs.quantized, layer.answers.in_float
     if operator(layer.node) == "linear":

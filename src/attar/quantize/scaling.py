@@ -149,9 +149,7 @@ def _followed(
     clips: list[Clip] = []
     for user in node.users:
         if _reads(user, node, channel):
-            readers.append(
-                Reader(user, str(argument(user, 1).target), repeat, node, channel)
-            )
+            readers.append(Reader(user, str(argument(user, 1).target), repeat, node, channel))
             continue
         passed = _passed(user, node, channel)
         if passed is None:
