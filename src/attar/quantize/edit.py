@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
@@ -48,30 +48,42 @@ class Quantized(Edit):
     The weights stay as they were, in float; `graph` makes the quantized graph from them and the
     grids, the same in any process. So the promise is that the weights are still those that the
     grids were chosen for.
+
+    biases: what bias correction adds to layers' biases, float32 (channels,), by the key of the
+    layer's weight's grid without `/weight`; none by default.
     """
 
     kind: ClassVar[str] = "quantized"
     rounds: ClassVar[Rounds] = "activations"
 
-    def __init__(self, scheme: Scheme, grids: Grids, weights_sha256: str) -> None:
+    def __init__(
+        self,
+        scheme: Scheme,
+        grids: Grids,
+        weights_sha256: str,
+        biases: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.scheme = scheme
         self.grids = grids
         self.weights_sha256 = weights_sha256
+        self.biases = dict(biases or {})
 
     def to_json(self) -> dict[str, Any]:
         return {
             "scheme": asdict(self.scheme),
             "safe_on": safe_on(self.scheme.weight_bits),
             "grids": list(self.grids),
+            "biases": list(self.biases),
             "weights_sha256": self.weights_sha256,
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        return {
+        grids = {
             f"{name}/{key}": tensor
             for key, grid in self.grids.items()
             for name, tensor in zip(("scale", "zero_point"), grid, strict=True)
         }
+        return grids | {f"bias/{key}": bias for key, bias in self.biases.items()}
 
     @classmethod
     def from_json(cls, record: dict[str, Any], tensors: dict[str, Tensor]) -> Quantized:
@@ -79,11 +91,12 @@ class Quantized(Edit):
             grids = {
                 k: (tensors[f"scale/{k}"], tensors[f"zero_point/{k}"]) for k in record["grids"]
             }
+            biases = {k: tensors[f"bias/{k}"] for k in record.get("biases", ())}
         except KeyError as error:
             raise CheckpointError(f"the student's quantization lacks {error}") from None
         known = record["scheme"]
         scheme = Scheme(**{**known, "float_layers": tuple(known["float_layers"])})
-        return cls(scheme, grids, record["weights_sha256"])
+        return cls(scheme, grids, record["weights_sha256"], biases)
 
     def check(self, module: nn.Module) -> list[str]:
         if weights_sha256(module) == self.weights_sha256:
@@ -110,11 +123,10 @@ class Quantized(Edit):
         example: tuple[Any, ...],
         dynamic_shapes: tuple[dict[int, Any], ...],
     ) -> GraphModule:
-        """The PT2E graph before it is converted: observers that know this edit's grids. Raises as
-        `graph`."""
+        """The graph before its conversion, its observers holding the grids. Raises as `graph`."""
         from attar.quantize.pt2e import grids_of, prepare
 
-        prepared = prepare(module, example, dynamic_shapes, self.scheme)
+        prepared = prepare(module, example, dynamic_shapes, self.scheme, self.biases)
         grids = grids_of(prepared)
         if missing := grids.keys() ^ self.grids.keys():
             raise CheckpointError(

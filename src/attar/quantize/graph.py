@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from attar.errors import ExportError
+from attar.errors import CheckpointError, ExportError
 from attar.runtimes.aten import argument, constant, is_constant, module_path, operator, rank
+from attar.runtimes.onnxruntime_quantizer import stable_names
 
 IDENTITIES = {"dropout", "feature_dropout", "alias", "detach", "lift_fresh"}
 VIEWS = {"slice", "select", "view", "reshape", "transpose", "permute", "narrow", "flatten"}
@@ -35,6 +36,20 @@ def capture(
     reads the convolution, and the second use of a shared one.) How the folded constants are made
     is kept with the graph (`folds`). Raises `ExportError`.
     """
+    graph = trace(module, example, dynamic_shapes)
+    for node in list(graph.graph.nodes):
+        if operator(node) == "batch_norm" and is_constant(argument(node, 3)):
+            _fold(graph, node)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
+def trace(
+    module: nn.Module, example: tuple[Any, ...], dynamic_shapes: tuple[dict[int, Any], ...]
+) -> GraphModule:
+    """As `capture`, with the batch norms where they are: constants are named as the network names
+    its parameters and buffers."""
     network = copy.deepcopy(module).cpu().eval()
     try:
         with torch.no_grad():
@@ -53,8 +68,6 @@ def capture(
     for node in list(graph.graph.nodes):
         if operator(node) in IDENTITIES:
             _replace(node, argument(node))
-        elif operator(node) == "batch_norm" and is_constant(argument(node, 3)):
-            _fold(graph, node)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
@@ -86,6 +99,58 @@ def _mark_outputs(graph: GraphModule) -> None:
 def _calls(node: Node) -> dict[str, str]:
     """The calls of modules that a node was traced in, and the modules' paths."""
     return {call: path for call, (path, _) in node.meta.get("nn_module_stack", {}).items()}
+
+
+def layer_keys(graph: GraphModule) -> dict[Node, str]:
+    """The convolutions and linear layers with a constant weight, in order, by what outlives the
+    graph: the key of their weight's grid, without `/weight`."""
+    return {
+        node: name
+        for node, name in stable_names(graph).items()
+        if operator(node) in FOLDABLE and is_weight(argument(node, 1))
+    }
+
+
+def is_weight(node: Any) -> bool:
+    """Whether a node reads a parameter, be it by way of an observer."""
+    observed = isinstance(node, Node) and node.op == "call_module"
+    return is_constant(argument(node) if observed else node)
+
+
+def add_to_biases(graph: GraphModule, added: Mapping[str, Tensor]) -> None:
+    """Adds to layers' biases, in place, by `layer_keys`; layers without one get one.
+
+    Raises `CheckpointError` for a layer that the graph lacks, or that has other channels.
+    """
+    keys = layer_keys(graph)
+    if missing := added.keys() - set(keys.values()):
+        raise CheckpointError(
+            f"a bias was corrected for {min(missing)}, which the network's graph doesn't have; "
+            "quantize the student again with the versions installed now"
+        )
+    for layer, key in keys.items():
+        if key in added:
+            _add_to_bias(graph, layer, key, added[key])
+    if added:
+        graph.graph.eliminate_dead_code()
+        graph.recompile()
+
+
+def _add_to_bias(graph: GraphModule, layer: Node, key: str, by: Tensor) -> None:
+    channels = len(constant(graph, argument(layer, 1)))
+    if by.shape != (channels,):
+        raise CheckpointError(
+            f"the bias correction of {key} has shape {tuple(by.shape)}, its layer {channels} "
+            "channels; quantize the student again"
+        )
+    own = argument(layer, 2)
+    known = None if own is None else constant(graph, own)
+
+    def bias(tensors: Tensors) -> Tensor:
+        return by if known is None else known + by
+
+    number = _new_constant(graph, layer, f"{layer.name}_corrected_bias", bias)
+    layer.args = (*layer.args[:2], number, *layer.args[3:])
 
 
 def _replace(node: Node, by: Node) -> None:

@@ -46,6 +46,15 @@ class Grid(ObserverBase):
         """Begins to look anew."""
         raise NotImplementedError
 
+    def simulated(self, x: Tensor) -> Tensor:
+        """The tensor's values on the settled grid, in float."""
+        ends = (self.quant_min, self.quant_max)
+        if not self.scale.dim():
+            at = (float(self.scale), int(self.zero_point))
+            return torch.fake_quantize_per_tensor_affine(x, *at, *ends)
+        zero = self.zero_point.to(torch.int32)
+        return torch.fake_quantize_per_channel_affine(x, self.scale, zero, 0, *ends)
+
     def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
         return self.scale, self.zero_point
 
@@ -76,6 +85,8 @@ class ActivationObserver(Grid):
 
     def settle(self) -> None:
         low, high = self._choice(self.seen)
+        if low == high:  # zeros alone say nothing of the scale, and biases are counted in its steps
+            high = 1.0
         scale = max((high - low) / (self.quant_max - self.quant_min), SMALLEST_SCALE)
         zero = self.quant_min + round(-low / scale)
         self.fix(torch.tensor(scale), torch.tensor(min(max(zero, self.quant_min), self.quant_max)))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-from attar.quantize.graph import capture
+from attar.quantize.graph import add_to_biases, capture
 from attar.quantize.observers import ActivationObserver, Grid, PerChannelWeight
 from attar.runtimes.base import runtimes
 
@@ -22,13 +23,15 @@ def prepare(
     example: tuple[Any, ...],
     dynamic_shapes: tuple[dict[int, Any], ...],
     scheme: Scheme,
+    biases: Mapping[str, Tensor] | None = None,
 ) -> GraphModule:
     """The network's graph with an observer at every tensor that the runtime wants on a grid.
 
-    Raises `UsageError` for a runtime without int8 graphs, `ExportError` for a network that can't be
+    biases: what is added to layers' biases before, by `layer_keys`. Raises `UsageError` for a runtime without int8 graphs, `ExportError` for a network that can't be
     traced.
     """
     graph = capture(module, example, dynamic_shapes)
+    add_to_biases(graph, biases or {})
     quantizer = runtimes.get(scheme.runtime)().quantizer(
         activation=ActivationObserver.with_args(choice=scheme.observer),
         weight=PerChannelWeight.with_args(),

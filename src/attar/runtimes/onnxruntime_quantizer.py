@@ -144,7 +144,7 @@ class OnnxRuntimeQuantizer(Quantizer):
         self, model: GraphModule, edge_or_node_to_obs_or_fq: dict
     ) -> None:
         """Gives each observer its key."""
-        names = _stable_names(model)
+        names = stable_names(model)
         for place, observer in edge_or_node_to_obs_or_fq.items():
             if observer is None or getattr(observer, "key", None):
                 continue
@@ -279,7 +279,8 @@ def _bias_grid(source: EdgeOrNode, weight: EdgeOrNode) -> DerivedQuantizationSpe
     )
 
 
-def _stable_names(model: GraphModule) -> dict[Node, str]:
+def stable_names(model: GraphModule) -> dict[Node, str]:
+    """What each node is called in terms that outlive the graph (see `OnnxRuntimeQuantizer`)."""
     names: dict[Node, str] = {}
     seen: dict[str, int] = {}
     for node in model.graph.nodes:
