@@ -135,7 +135,7 @@ def quantized(case: Case, recipe: Recipe) -> Line:
     ledger = run(recipe, folder, resume=True, tell=progress).ledger
     rows = {row["stage"]: row for row in ledger["rows"]}
     job = job_of(recipe)
-    line = {
+    return {
         "date": time.strftime("%Y-%m-%d"),
         "float": rows["exported"]["metric"]["value"],
         "ways": {
@@ -146,7 +146,6 @@ def quantized(case: Case, recipe: Recipe) -> Line:
         "seconds": round(time.perf_counter() - started),
         "environment": environment(),
     }
-    return line
 
 
 def of_row(row: dict[str, Any]) -> dict[str, float]:

@@ -95,8 +95,8 @@ def test_roundings_are_near_the_best_of_all(relu):
     """Against every way to round a channel, by hand."""
     given, scale = layer(relu), 0.5
     found = adaround(
-        given["weight"], torch.tensor(scale), 7, **{k: given[k] for k in given if k != "weight"},
-        iterations=600,
+        given["weight"], torch.tensor(scale), (-7, 7),
+        **{k: given[k] for k in given if k != "weight"}, iterations=600,
     )  # fmt: skip
     assert (found - given["weight"] / scale).abs().max() < 1, "no neighbour of the weight"
     assert torch.equal(found, found.round()) and not found[:, :, 3].any()
@@ -119,11 +119,11 @@ def test_roundings_are_near_the_best_of_all(relu):
 def test_nothing_leaves_the_grid_and_the_nearest_is_never_beaten_by_worse():
     given = layer(True, groups=3)
     rest = {k: given[k] for k in given if k != "weight"}
-    found = adaround(given["weight"], torch.tensor(0.25), 3, **rest, iterations=60)
+    found = adaround(given["weight"], torch.tensor(0.25), (-3, 3), **rest, iterations=60)
     assert found.abs().max() == 3
     nearest = (given["weight"] / 0.25).round().clamp(-3, 3)
     assert error(given, found, 0.25) <= error(given, nearest, 0.25)
-    again = adaround(given["weight"], torch.tensor(0.25), 3, **rest, iterations=60)
+    again = adaround(given["weight"], torch.tensor(0.25), (-3, 3), **rest, iterations=60)
     assert torch.equal(found, again)
 
 
@@ -167,11 +167,11 @@ def test_four_bit_weights_alone_lose_less_than_by_nearest(images):
     for path in ("stem.weight", "deep.weight", "hidden.weight", "head.weight"):
         weight = was.get_parameter(path).detach()
         step = weight.abs().flatten(1).amax(1) / 7
-        grids[path] = (step.reshape(-1, *[1] * (weight.dim() - 1)), 7)
+        grids[path] = (step.reshape(-1, *[1] * (weight.dim() - 1)), (-7, 7))
     _, record = round_weights(student, grids, [(images,)], **traced(images), effort=QUICK)
     assert record["layers"] == 4 and record["left"] == 0
     nearest = copy.deepcopy(was)
-    for path, (step, limit) in grids.items():
+    for path, (step, (_, limit)) in grids.items():
         weight = student.module.get_parameter(path).detach()
         integers = weight / step
         assert (integers - integers.round()).abs().max() < 1e-3

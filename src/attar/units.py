@@ -72,6 +72,24 @@ def readable(count: int) -> str:
     return f"{number:.3g} {unit}" if number < 999.5 else f"{number:.0f} {unit}"
 
 
+def parse_amount(value: object) -> float | str:
+    """A positive number, or a share of what there is: `50%`. Raises `ValueError`."""
+    if isinstance(value, str) and (share := re.fullmatch(r"\s*([\d.]+)\s*%\s*", value)):
+        if not 0 < float(share[1]) < 100:
+            raise ValueError(f"{value.strip()} is no share to keep: it lies between 0% and 100%")
+        return f"{float(share[1]):g}%"
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        raise ValueError(f"{value!r} is no amount: write a number, or a share to keep, as in 50%")
+    return float(value)
+
+
+def parse_bytes(value: object) -> float | str:
+    """As `parse_amount`, of bytes: `50KB`."""
+    if isinstance(value, str) and not value.strip().endswith("%"):
+        return float(parse_size(value))
+    return parse_amount(value)
+
+
 def _plain(value: object) -> float | None:
     """A number, or a string that is nothing but one (as `--set` may hand over)."""
     if isinstance(value, int | float) and not isinstance(value, bool):

@@ -309,7 +309,7 @@ def _notes(student: Student, quantized: bool) -> dict[str, Any]:
         notes["edits"] = [{"kind": e.kind, "summary": e.summary()} for e in student.edits]
     for edit in student.edits:
         if edit.rounds != "nothing":
-            notes["quantization"] = {"summary": edit.summary()}
+            notes["quantization"] = {"summary": edit.summary(), "rounds": edit.rounds}
     return notes
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from attar.data.base import Batch
-from attar.quantize.graph import capture, folds, tensors_of
 from attar.quantize.learned_steps import grown, on_learned_grid
 from attar.quantize.stand_in import StandIn
 from attar.training.objective import Objective
@@ -75,15 +74,15 @@ class OnGrid(Objective):
 
 class OnLearnedGrid(OnGrid):
     """`OnGrid` to few bits, its steps learned with the weights (LSQ: Esser et al. 2020): for
-    weights that are stored in 2 to 8 bits, ±(2^(bits-1) - 1) steps, and computed with in float.
+    weights that are stored in few bits and computed with in float (`quantize_weights`).
 
-    network: the one that will be trained. `scales()` gives the learned scales afterwards, and
-    `folded_scales` those of the weights that batch norms were folded into.
+    network: the one that will be trained. `scales()` gives the learned scales afterwards.
 
     Example:
         >>> objective = OnLearnedGrid(TaskObjective(task), net, bits=4)  # doctest: +SKIP
         >>> train(net, objective=objective, ...)  # doctest: +SKIP
-        >>> scales = folded_scales(net, objective.scales(), (x,), shapes)  # doctest: +SKIP
+        >>> small = quantize_weights(  # doctest: +SKIP
+        ...     student, "int4", grids=objective.scales(), ...)
     """
 
     def __init__(
@@ -96,6 +95,8 @@ class OnLearnedGrid(OnGrid):
     ) -> None:
         super().__init__(inner, bits=bits, per_tensor=per_tensor)
         self._largest = 2 ** (bits - 1) - 1
+        # A byte's grid leaves out -128, so that both sides are alike; few bits use all there are.
+        self._least = -self._largest - (bits < 7)
         self.log_steps = nn.ParameterDict(
             {
                 _name(path): nn.Parameter(self._first(path, weight.detach()).log())
@@ -130,7 +131,7 @@ class OnLearnedGrid(OnGrid):
         step = grown(log_step, weight.numel() // log_step.numel(), self._largest)
         if step.dim():
             step = step.reshape(-1, *[1] * (weight.dim() - 1))
-        return on_learned_grid(weight, step, -self._largest, self._largest)
+        return on_learned_grid(weight, step, self._least, self._largest)
 
 
 def _name(path: str) -> str:
@@ -145,39 +146,6 @@ def layer_weights(network: nn.Module) -> dict[str, Tensor]:
         for path, layer in network.named_modules()
         if isinstance(layer, LAYERS)
     }
-
-
-def folded_scales(
-    network: nn.Module,
-    scales: Mapping[str, Tensor],
-    example: tuple[Any, ...],
-    dynamic_shapes: tuple[dict[int, Any], ...],
-) -> dict[str, Tensor]:
-    """The scales of the exported graph's weights, by layer path (`layer1.0.conv1`), (channels,).
-
-    scales: those of the network's own weights, by path, as `OnLearnedGrid.scales` gives them. A
-    batch norm folded into a layer multiplies each channel by `γ / √(σ² + ε)`, and its scale by the
-    magnitude of that: the integers stay the same but for the sign.
-    Raises `ExportError` for a network that can't be traced.
-    """
-    graph = capture(network, example, dynamic_shapes)
-    made, tensors = folds(graph), {k: v.cpu() for k, v in tensors_of(network).items()}
-    folded: dict[str, Tensor] = {}
-    with torch.no_grad():
-        for node in graph.graph.nodes:
-            name = str(node.target)
-            if node.op != "get_attr" or not name.endswith("weight"):
-                continue
-            for path, scale in scales.items():
-                layer = path.removesuffix(".weight")
-                if name != path and not name.startswith(f"{layer}."):
-                    continue
-                ones = torch.ones_like(tensors[path])
-                # Folding is linear in the weight, so ones show what it multiplies channels by.
-                factor = made[name]({**tensors, path: ones}) if name in made else ones
-                each = factor.abs().flatten(1).amax(1).float()
-                folded[name.removesuffix(".weight")] = each * scale
-    return folded
 
 
 def rounded(weight: Tensor, largest: int, *, per_tensor: bool = False) -> Tensor:

@@ -88,18 +88,19 @@ def round_adaptively(
     edit = calibrated.edits[-1]
     prepared = edit.prepared(student.module, example, dynamic_shapes)  # type: ignore[attr-defined]
 
-    def grid_of(layer: Any) -> tuple[Tensor, int] | None:
+    def grid_of(layer: Any) -> tuple[Tensor, tuple[int, int]] | None:
         observer = dict(prepared.named_modules()).get(str(argument(layer.node, 1).target))
         if observer is None:
             return None
-        return observer.scale, (observer.quant_max - observer.quant_min) // 2
+        most = (observer.quant_max - observer.quant_min) // 2
+        return observer.scale, (-most, most)
 
     return student, _round(student, prepared, grid_of, kept.arguments(), effort)
 
 
 def round_weights(
     student: Student,
-    grids: Mapping[str, tuple[Tensor, int]],
+    grids: Mapping[str, tuple[Tensor, tuple[int, int]]],
     examples: Iterable[tuple[Any, ...]],
     *,
     example: tuple[Any, ...],
@@ -108,8 +109,8 @@ def round_weights(
 ) -> tuple[Student, dict[str, Any]]:
     """As `round_adaptively`, for weights alone: activations stay float.
 
-    grids: by parameter path, the step (a tensor that broadcasts against the weight) and the largest
-    integer's magnitude; weights without one stay as they are.
+    grids: by parameter path, the step (a tensor that broadcasts against the weight, of either sign)
+    and the outermost integers; weights without one stay as they are.
     """
     from attar.quantize.graph import capture
 
@@ -121,14 +122,14 @@ def round_weights(
             break
     graph = capture(student.module, example, dynamic_shapes)
 
-    def grid_of(layer: Any) -> tuple[Tensor, int] | None:
+    def grid_of(layer: Any) -> tuple[Tensor, tuple[int, int]] | None:
         path = str(argument(layer.node, 1).target)
         if path not in grids:
             return None
-        step, limit = grids[path]
+        step, limits = grids[path]
         own, folded = student.module.get_parameter(path), constant(graph, argument(layer.node, 1))
         step = step.cpu().expand(own.shape).flatten(1)
-        return step * _folding(own.detach().cpu(), folded).abs()[:, None], limit
+        return step * _folding(own.detach().cpu(), folded)[:, None], limits
 
     return student, _round(student, graph, grid_of, kept.arguments(), effort)
 
@@ -136,7 +137,7 @@ def round_weights(
 def adaround(
     weight: Tensor,
     scale: Tensor,
-    limit: int,
+    limits: tuple[int, int],
     inputs: Tensor,
     targets: Tensor,
     *,
@@ -152,16 +153,17 @@ def adaround(
     mean of 1 - |2h - 1|^β, β from 20 to 2, drives h to 0 or 1. The nearest integers where they
     are better still. Zeros stay zero.
 
-    weight: (groups, out, in). scale: broadcasts against it. limit: the largest magnitude. inputs:
+    weight: (groups, out, in). scale: broadcasts against it. limits: the outermost integers. inputs:
     (positions, groups, in). targets: (positions, groups, out), after the ReLU if `relu`. bias:
     (groups, out). Source: Nagel et al. 2020, arXiv 2004.10568, equations 21 to 25.
     """
     generator = torch.Generator().manual_seed(seed)
-    floor, rest = (weight / scale).floor(), (weight / scale).remainder(1)
+    steps = (weight / scale).nan_to_num()  # a channel that its batch norm turns off has no step
+    floor, rest = steps.floor(), steps.remainder(1)
     movable = weight != 0
 
     def integers(up: Tensor) -> Tensor:
-        return torch.where(movable, floor + up, 0.0).clamp(-limit, limit)
+        return torch.where(movable, floor + up, 0.0).clamp(*limits)
 
     def error(up: Tensor, chosen: Any = slice(None)) -> Tensor:
         answers = torch.einsum("pgi,goi->pgo", inputs[chosen], integers(up) * scale)
@@ -196,7 +198,7 @@ def adaround(
 def _round(
     student: Student,
     graph: GraphModule,
-    grid_of: Callable[[Any], tuple[Tensor, int] | None],
+    grid_of: Callable[[Any], tuple[Tensor, tuple[int, int]] | None],
     arguments: tuple[Any, ...],
     effort: Effort,
 ) -> dict[str, Any]:
@@ -214,7 +216,7 @@ class _Rounder:
 
     module: nn.Module
     graph: GraphModule
-    grid_of: Callable[[Any], tuple[Tensor, int] | None]
+    grid_of: Callable[[Any], tuple[Tensor, tuple[int, int]] | None]
     fixed: Collection[str]
     effort: Effort
     moved: int = 0
@@ -269,7 +271,9 @@ class _Rounder:
             and own.shape == constant(self.graph, held).shape
         )
 
-    def _rounded(self, layer: Any, weight: Tensor, scale: Tensor, limit: int) -> Tensor:
+    def _rounded(
+        self, layer: Any, weight: Tensor, scale: Tensor, limits: tuple[int, int]
+    ) -> Tensor:
         """The folded weight on its grid."""
         groups = 1 if operator(layer.node) == "linear" else int(argument(layer.node, 6, 1))
         relu = _relu_after(layer.node)
@@ -278,16 +282,16 @@ class _Rounder:
         steps = scale.reshape(len(weight), -1).expand(len(weight), wide.shape[2])
         steps = steps.reshape(wide.shape)
         bias = layer.arguments[2] if len(layer.arguments) > 2 else None
-        given = {
+        given: dict[str, Any] = {
             "inputs": inputs.reshape(len(inputs), groups, -1),
             "targets": (targets.relu() if relu else targets).reshape(len(targets), groups, -1),
             "bias": None if bias is None else bias.reshape(groups, -1),
             "relu": relu,
         }
         integers = adaround(
-            wide, steps, limit, **given, iterations=self.effort.iterations, seed=self.effort.seed
+            wide, steps, limits, **given, iterations=self.effort.iterations, seed=self.effort.seed
         )
-        nearest = (wide / steps).round().clamp(-limit, limit)
+        nearest = (wide / steps).round().clamp(*limits)
         self.moved += int((integers != nearest).sum())
         self.weights += weight.numel()
         self._compare(integers * steps, nearest * steps, given)
@@ -364,7 +368,8 @@ def _sampled(layer: Any, weight: Tensor, effort: Effort) -> tuple[Tensor, Tensor
     outputs = (len(y), *y.shape[2:])
     every = torch.randperm(int(torch.Size(outputs).numel()), generator=generator)
     n, *sides = torch.unravel_index(every[: effort.positions], outputs)
-    return patches[(n, slice(None), *sides)].flatten(1), y[(n, slice(None), *sides)]
+    chosen: Any = (n, slice(None), *sides)
+    return patches[chosen].flatten(1), y[chosen]
 
 
 def _patches(x: Tensor, kernel: Iterable[int], layer: Node) -> Tensor:

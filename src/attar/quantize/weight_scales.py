@@ -48,6 +48,13 @@ def integers(weight: Tensor, scale: Tensor, bits: int, *, group: int | None = No
     return (groups / scale[..., None]).round().clamp(*LIMITS[bits]).to(torch.int8)
 
 
+def spread(weight: Tensor, scale: Tensor, group: int | None = None) -> Tensor:
+    """Each weight's step, in the weight's shape. scale: (rows, groups), of `step_sizes`."""
+    groups = grouped(weight.detach(), group if scale.shape[1] > 1 else None)
+    each = scale[..., None].expand(groups.shape).flatten(1)
+    return each[:, : weight[0].numel()].reshape(weight.shape)
+
+
 def grouped(weight: Tensor, group: int | None) -> Tensor:
     """A weight as (rows, groups, length), zeros behind a row whose length is no multiple."""
     rows = weight.flatten(1)

@@ -366,7 +366,8 @@ def bench(manifest: dict[str, Any], model: Model, options: argparse.Namespace) -
     found = model.run(inputs)
     apart = [float(np.abs(a - b).max()) for a, b in zip(expected, found, strict=True)]
     scales = [max(1.0, float(np.abs(a).max())) for a in expected]
-    limit = QUANTIZED_DIFFERENCE if "quantization" in manifest else FLOAT_DIFFERENCE
+    rounds = manifest.get("quantization", {"rounds": "nothing"}).get("rounds", "activations")
+    limit = QUANTIZED_DIFFERENCE if rounds == "activations" else FLOAT_DIFFERENCE
     agrees = all(d <= limit * s for d, s in zip(apart, scales, strict=True))
     rows = np.arange(options.batch) % len(inputs[0])
     feed = [x[rows] for x in inputs]

@@ -72,7 +72,8 @@ def replay(bundle: Bundle, session: Any) -> dict[str, Any]:
     if not inputs or not expected:
         raise BundleError(f"{bundle.folder} has no golden inputs and outputs to replay")
     found = session(*inputs)
-    limit = QUANTIZED_DIFFERENCE if "quantization" in bundle.manifest else FLOAT_DIFFERENCE
+    rounds = bundle.manifest.get("quantization", {"rounds": "nothing"}).get("rounds", "activations")
+    limit = QUANTIZED_DIFFERENCE if rounds == "activations" else FLOAT_DIFFERENCE
     apart = [float(np.abs(a - b).max()) for a, b in zip(expected, found, strict=True)]
     scales = [max(1.0, float(np.abs(a).max())) for a in expected]
     return {

@@ -106,7 +106,8 @@ class Prune(Budgets, Stage):
 
     @property
     def files(self) -> list[Path]:
-        return [self.plan] if self.plan is not None else []
+        plan = [self.plan] if self.plan is not None else []
+        return plan + (self.recover.files if self.recover is not None else [])
 
     @property
     def measures_runtime(self) -> bool:

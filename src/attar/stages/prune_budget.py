@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from itertools import islice
@@ -29,7 +28,7 @@ from attar.stages.base import Context
 from attar.store import write_whole
 from attar.student import Student
 from attar.training.evaluation import device_of, evaluating, to_device
-from attar.units import parse_size
+from attar.units import parse_amount, parse_bytes
 
 CALIBRATED = 32
 """Training examples that grids are chosen from where an int8 file is measured."""
@@ -45,24 +44,6 @@ SEEN = 512
 fewer, so that all take no more than `SEEN_MACS` multiply-accumulates, but at least `SEEN_LEAST`."""
 SEEN_MACS = 256e9
 SEEN_LEAST = 128
-
-
-def parse_amount(value: object) -> float | str:
-    """A positive number, or a share of what there is: `50%`. Raises `ValueError`."""
-    if isinstance(value, str) and (share := re.fullmatch(r"\s*([\d.]+)\s*%\s*", value)):
-        if not 0 < float(share[1]) < 100:
-            raise ValueError(f"{value.strip()} is no share to keep: it lies between 0% and 100%")
-        return f"{float(share[1]):g}%"
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-        raise ValueError(f"{value!r} is no amount: write a number, or a share to keep, as in 50%")
-    return float(value)
-
-
-def parse_bytes(value: object) -> float | str:
-    """As `parse_amount`, of bytes: `50KB`."""
-    if isinstance(value, str) and not value.strip().endswith("%"):
-        return float(parse_size(value))
-    return parse_amount(value)
 
 
 Amount = Annotated[float | str, BeforeValidator(parse_amount)]

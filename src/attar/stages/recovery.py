@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from pydantic import model_validator
@@ -22,6 +23,11 @@ class Recovery(Training):
     @classmethod
     def _any_training(cls, value: Any) -> Any:
         return value.model_dump() if isinstance(value, Training) else value
+
+    @property
+    def files(self) -> list[Path]:
+        """Files that its criteria are in."""
+        return [] if self.criteria is None else Distill.model_validate(self.model_dump()).files
 
     def recovered(
         self,
