@@ -396,8 +396,8 @@ def cells(row: Row) -> list[str]:
     def ratio(name: str | None) -> str:
         if name not in ratios:
             return "–"
-        value, low, high = ratios[name]
-        return f"{value:.3f} ({low:.3f} to {high:.3f})"
+        value, _, high = ratios[name]
+        return f"{value:.3f} ≤ {high:.3f}"
 
     layers = row["float_layers"]
     label = f"{row['network']}, {row['batch']}"
