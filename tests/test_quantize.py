@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attar.errors import ConstraintBroken, DataError, ExportError
+from attar.measure.intervals import Interval
 from attar.prune import Masked
 from attar.quantize import Scheme, quantize, quantized_reference, ranges, safe_on, weight_bits
+from attar.quantize.fallback import decide
 from attar.quantize.ranges import Histogram
 from attar.quantize.ranges.entropy import divergence
 from attar.runtimes.onnxruntime import OnnxRuntime
@@ -69,6 +71,22 @@ class Pooled(nn.Module):
         x = torch.cat([F.relu(self.left(x)), F.relu(self.right(x))], dim=1)
         x = x * torch.sigmoid(self.gate(x))
         x = F.avg_pool2d(F.leaky_relu(self.last(x)[:, :, :2, :2]), 2)
+        return self.head(x.mean((2, 3)))
+
+
+class Excited(nn.Module):
+    """SiLUs, and a gate a channel: squeeze and excitation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.last = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 16, 3, stride=2)
+        self.squeeze, self.excite = nn.Conv2d(16, 4, 1), nn.Conv2d(4, 16, 1)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(self.stem(x))
+        gate = self.excite(F.silu(self.squeeze(F.adaptive_avg_pool2d(x, 1))))
+        x = F.silu(self.last(x * torch.sigmoid(gate)), inplace=True)
         return self.head(x.mean((2, 3)))
 
 
@@ -135,7 +153,7 @@ def counted(folder: Path) -> collections.Counter[str]:
     return collections.Counter({row["op"]: row["count"] for row in operators(folder)})
 
 
-@pytest.mark.parametrize("network", [Network, Pooled])
+@pytest.mark.parametrize("network", [Network, Pooled, Excited])
 def test_everything_inside_runs_in_int8_and_answers_as_pytorch(network, images, tmp_path):
     student = student_of(network)
     small = quantized(student, images)
@@ -180,6 +198,18 @@ def test_named_layers_stay_float(images, tmp_path):
     assert found["QLinearConv"] == 3 and found["QGemm"] == 1, found
     assert sum(found[op] for op in ("Conv", "FusedConv")) == 1
     assert sum(found[op] for op in ("Gemm", "FusedGemm")) == 1
+
+
+@pytest.mark.parametrize(("high", "layers"), [(0.99, ()), (1.01, ("*",))])
+def test_int8_that_is_not_surely_as_fast_as_float_is_not_kept(high, layers):
+    class Bench:
+        def ratio(self, float_layers: tuple[str, ...]) -> Interval:
+            return Interval(high - 0.03, high - 0.06, high, "faked")
+
+        def times(self, float_layers: tuple[str, ...]) -> dict[str, tuple[float, float]]:
+            return {}
+
+    assert decide(Bench()).float_layers == layers
 
 
 def test_a_network_all_in_float_keeps_its_weights_in_bytes(images, tmp_path):

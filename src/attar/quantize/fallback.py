@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from attar.events import Listener, silent
 
-LIMIT = 1.05
+LIMIT = 1.0
 """int8 over float: the most its latency's upper bound may be. What exceeds it stays float."""
 WORTH = 0.98
 """How much faster leaving layers in float must make the whole to be done."""

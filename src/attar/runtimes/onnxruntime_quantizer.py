@@ -101,10 +101,13 @@ class OnnxRuntimeQuantizer(Quantizer):
         self._on_grid: set[Node] = set()
 
     def transform_for_annotation(self, model: GraphModule) -> GraphModule:
-        """Puts ReLUs next to what they fuse with, and global means into a form with a kernel."""
+        """Puts ReLUs next to what they fuse with, and SiLUs and global means into a form with
+        kernels."""
         for node in list(model.graph.nodes):
             if operator(node) in ACTIVATIONS:
                 _hoist(node)
+            elif operator(node) == "silu":
+                _as_product(model, node)
             elif operator(node) in ("mean", "adaptive_avg_pool2d"):
                 _pool_globally(model, node)
         model.graph.eliminate_dead_code()
@@ -342,6 +345,15 @@ def _hoist(relu: Node) -> None:
     relu.meta = {**relu.meta, "val": first.meta.get("val")}
 
 
+def _as_product(model: GraphModule, silu: Node) -> None:
+    """A SiLU as the product of its input and the sigmoid of it, which both have int8 kernels."""
+    source: Node = argument(silu)
+    with model.graph.inserting_before(silu):
+        gate = _call(model, silu, torch.ops.aten.sigmoid.default, source)
+        product = _call(model, silu, torch.ops.aten.mul.Tensor, source, gate)
+    silu.replace_all_uses_with(product)
+
+
 def _pool_globally(model: GraphModule, node: Node) -> None:
     """A mean over a whole image as the average pooling that has an int8 kernel."""
     source: Node = argument(node)
@@ -360,7 +372,8 @@ def _pool_globally(model: GraphModule, node: Node) -> None:
 def _call(model: GraphModule, like: Node, target: Any, source: Node, *args: Any) -> Node:
     """A new node that computes `target(source, *args)`, with the meta of the one it replaces."""
     node = model.graph.call_function(target, (source, *args))
-    node.meta = {**like.meta, "val": target(source.meta["val"], *args)}
+    values = [a.meta["val"] if isinstance(a, Node) else a for a in node.args]
+    node.meta = {**like.meta, "val": target(*values)}
     return node
 
 
