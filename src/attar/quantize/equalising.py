@@ -96,17 +96,16 @@ def _factors(
     """Each pair's factors, float64, and the number of sweeps; the weights are as they were."""
     before = weights_of(module, pairs)
     products: list[Tensor] = [torch.ones(1, dtype=torch.float64)] * len(pairs)
-    for sweep in range(1, SWEEPS + 1):
-        moved = 1.0
+    sweeps, moved = 0, float("inf")
+    while moved - 1 > CONVERGED and sweeps < SWEEPS:
+        sweeps, moved = sweeps + 1, 1.0
         for place, link in enumerate(pairs):
             factors = _bounded(_factor(module, link), link, heights, products[place])
             scale(module, link, factors)
             products[place] = products[place] * factors
             moved = max(moved, float(torch.maximum(factors, 1 / factors).max()))
-        if moved - 1 < CONVERGED:
-            break
     restore(module, before)
-    return products, sweep if pairs else 0
+    return products, sweeps
 
 
 def _factor(module: nn.Module, link: Link) -> Tensor:
