@@ -406,3 +406,31 @@ def test_outliers_are_clipped_where_that_helps():
 
     errors = {name: error(*ranges.get(name)(seen)) for name in ranges.names()}
     assert errors["mse"] == min(errors.values()) < 0.9 * errors["minmax"]
+
+
+def test_the_moving_average_is_that_of_each_batchs_extremes():
+    batches = [torch.tensor([-1.0, 2.0]), torch.tensor([-50.0, 4.0]), torch.tensor([1.0, 3.0])]
+    low, high = -1.0, 2.0
+    seen = Histogram()
+    for batch in batches:
+        seen.add(batch)
+    for batch in batches[1:]:
+        low = 0.9 * low + 0.1 * float(batch.min())
+        high = 0.9 * high + 0.1 * float(batch.max())
+    assert ranges.get("moving-average")(seen) == pytest.approx((low, high))
+    assert ranges.get("minmax")(seen) == (-50.0, 4.0)
+    positive = Histogram()
+    positive.add(torch.tensor([3.0, 5.0]))
+    assert ranges.get("moving-average")(positive) == (0.0, 5.0)
+
+
+def test_the_histogram_observer_is_the_one_of_least_squared_error():
+    assert ranges.get("histogram") is ranges.get("mse")
+
+
+def test_zeros_alone_get_a_grid_of_a_sound_scale(images):
+    student = student_of(Network)
+    student.module.wide.weight.data.zero_()
+    student.module.wide.bias.data.zero_()
+    small = quantized(student, images)
+    assert all(1e-6 < float(scale.min()) < 1e3 for scale, _ in small.edits[-1].grids.values())

@@ -80,6 +80,23 @@ def test_mean_answers_are_those_of_the_float_network(images, network, float_laye
     assert record["layers"] == len(edit_of(better).biases) >= 5
     assert 0 < record["largest"] < 1 and record["where"] in edit_of(better).biases
     assert not edit_of(small).biases, "the student that was handed in changed"
+    again, _ = correct_biases(better, [(images,)], **traced(images))
+    for key, bias in edit_of(again).biases.items():
+        assert torch.equal(bias, edit_of(better).biases[key]), "corrected twice over"
+
+
+def means(edit: Quantized, student: Student, images: Tensor, side: str) -> dict[str, Tensor]:
+    """The mean of each layer's answers by channel, on one side."""
+    found = {}
+
+    def note(layer: Any) -> Tensor:
+        answers = getattr(layer.answers, side)
+        found[layer.key] = answers.transpose(0, 1).flatten(1).mean(1)
+        return layer.answers.quantized
+
+    with torch.no_grad():
+        SideBySide(edit.prepared(student.module, (images[:2],), SHAPES), note).run(images)
+    return found
 
 
 def test_each_layer_is_corrected_for_itself_in_order(images):
@@ -89,20 +106,12 @@ def test_each_layer_is_corrected_for_itself_in_order(images):
     better, _ = correct_biases(small, [(images,)], **traced(images))
     edit = edit_of(small)
     biases: dict[str, Tensor] = {}
+    wanted = means(edit, small, images, "in_float")
     for key in edit_of(better).biases:
-        off = {}
-
-        def note(layer: Any, off: dict[str, Tensor] = off) -> Tensor:
-            dims = [d for d in range(layer.answers.in_float.dim()) if d != 1]
-            off[layer.key] = (layer.answers.in_float - layer.answers.quantized).mean(dims)
-            return layer.answers.quantized
-
         so_far = Quantized(edit.scheme, edit.grids, edit.weights_sha256, biases)
-        with torch.no_grad():
-            SideBySide(so_far.prepared(small.module, (images[:2],), SHAPES), note).run(images)
-        biases[key] = off[key]
+        biases[key] = wanted[key] - means(so_far, small, images, "quantized")[key]
     for key, bias in edit_of(better).biases.items():
-        assert torch.allclose(bias, biases[key], atol=1e-5), key
+        assert torch.allclose(bias, biases[key], atol=0.02 * float(bias.abs().max())), key
 
 
 def test_batches_add_up_by_their_size(images):

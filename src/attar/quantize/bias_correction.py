@@ -29,6 +29,8 @@ def correct_biases(
     layer isn't corrected for what an earlier one's correction has mended, and the correction is
     the mean over batches, weighed by their size. Memory doesn't grow with the examples.
 
+    An earlier correction is replaced.
+
     examples: argument tuples, batch first; those of the calibration will do. The record: `layers`,
     how many were corrected, `largest`, the largest shift of any, as a share of the layer's mean
     magnitude, and `where`, its key. Source: Nagel et al. 2019, arXiv 1906.04721, section 4.2
@@ -44,7 +46,7 @@ def correct_biases(
     from attar.quantize.side_by_side import SideBySide
 
     edit = quantization_of(student)
-    prepared = edit.prepared(student.module, example, dynamic_shapes)
+    prepared = edit.prepared(student.module, example, dynamic_shapes, corrected=False)
     shifts = _Shifts()
     both = SideBySide(prepared, shifts.taken_out)
     with torch.no_grad():
@@ -53,8 +55,7 @@ def correct_biases(
             both.run(*arguments)
     if not shifts.weight:
         raise DataError("bias correction needs examples, and there are none")
-    biases = {key: edit.biases.get(key, 0) + shift for key, shift in shifts.means().items()}
-    corrected = Quantized(edit.scheme, edit.grids, edit.weights_sha256, biases)
+    corrected = Quantized(edit.scheme, edit.grids, edit.weights_sha256, shifts.means())
     edits = [corrected if e is edit else e for e in student.edits]
     return Student(student.module, student.spec, edits), shifts.record()
 

@@ -56,7 +56,8 @@ def fit(
         0.0004
     """
     edit = quantization_of(student)
-    watching = _Watching(edit.prepared(student.module, example, dynamic_shapes))
+    prepared = edit.prepared(student.module, example, dynamic_shapes, corrected=False)
+    watching = _Watching(prepared)
     seen = False
     with torch.no_grad():
         for arguments in examples:

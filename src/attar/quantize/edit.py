@@ -122,11 +122,15 @@ class Quantized(Edit):
         module: nn.Module,
         example: tuple[Any, ...],
         dynamic_shapes: tuple[dict[int, Any], ...],
+        *,
+        corrected: bool = True,
     ) -> GraphModule:
-        """The graph before its conversion, its observers holding the grids. Raises as `graph`."""
+        """The graph before its conversion, its observers holding the grids; without `biases` where
+        it isn't to be `corrected`. Raises as `graph`."""
         from attar.quantize.pt2e import grids_of, prepare
 
-        prepared = prepare(module, example, dynamic_shapes, self.scheme, self.biases)
+        biases = self.biases if corrected else {}
+        prepared = prepare(module, example, dynamic_shapes, self.scheme, biases)
         grids = grids_of(prepared)
         if missing := grids.keys() ^ self.grids.keys():
             raise CheckpointError(

@@ -4,7 +4,6 @@ read it, in a network that answers as before."""
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -97,9 +96,9 @@ def _factors(
     """Each pair's factors, float64, and the number of sweeps; the weights are as they were."""
     before = weights_of(module, pairs)
     products: list[Tensor] = [torch.ones(1, dtype=torch.float64)] * len(pairs)
-    moved, sweeps = math.inf if pairs else 1.0, 0
-    while moved - 1 >= CONVERGED and sweeps < SWEEPS:
-        moved, sweeps = 1.0, sweeps + 1
+    sweeps, moved = 0, float("inf")
+    while moved - 1 > CONVERGED and sweeps < SWEEPS:
+        sweeps, moved = sweeps + 1, 1.0
         for place, link in enumerate(pairs):
             factors = _bounded(_factor(module, link), link, heights, products[place])
             scale(module, link, factors)

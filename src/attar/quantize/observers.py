@@ -113,7 +113,8 @@ class PerChannelWeight(Grid):
 
     def settle(self) -> None:
         # A channel of zeros has no scale of its own, but its bias is counted in steps of one.
-        self.spread(torch.where(self.largest > 0, self.largest, self.largest.max()))
+        whole = self.largest.max()
+        self.spread(torch.where(self.largest > 0, self.largest, whole if whole > 0 else 1.0))
 
     def spread(self, largest: Tensor) -> None:
         """Sets the grid so that it reaches these magnitudes, (channels,)."""

@@ -27,8 +27,10 @@ def prepare(
 ) -> GraphModule:
     """The network's graph with an observer at every tensor that the runtime wants on a grid.
 
-    biases: what is added to layers' biases before, by `layer_keys`. Raises `UsageError` for a
-    runtime without int8 graphs, `ExportError` for a network that can't be traced.
+    biases: what is added to layers' biases before, by `layer_keys`.
+
+    Raises `UsageError` for a runtime without int8 graphs, `ExportError` for a network that can't be
+    traced, `CheckpointError` for biases that don't fit it.
     """
     graph = capture(module, example, dynamic_shapes)
     add_to_biases(graph, biases or {})

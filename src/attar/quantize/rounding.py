@@ -134,15 +134,32 @@ def round_weights(
     return student, _round(student, graph, grid_of, kept.arguments(), effort)
 
 
+@dataclass(frozen=True)
+class Sample:
+    """What a layer reads at some positions, and should answer there.
+
+    inputs: (positions, groups, in). targets: (positions, groups, out), after the ReLU if `relu`.
+    bias: (groups, out).
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    bias: Tensor | None = None
+    relu: bool = False
+
+    def error(self, weight: Tensor, chosen: Any = slice(None)) -> Tensor:
+        """The mean squared error of a weight, (groups, out, in), at the positions `chosen`."""
+        answers = torch.einsum("pgi,goi->pgo", self.inputs[chosen], weight)
+        answers = answers if self.bias is None else answers + self.bias
+        return ((answers.relu() if self.relu else answers) - self.targets[chosen]).square().mean()
+
+
 def adaround(
     weight: Tensor,
     scale: Tensor,
     limits: tuple[int, int],
-    inputs: Tensor,
-    targets: Tensor,
+    sample: Sample,
     *,
-    bias: Tensor | None = None,
-    relu: bool = False,
     iterations: int = 1000,
     seed: int = 0,
 ) -> Tensor:
@@ -153,22 +170,20 @@ def adaround(
     mean of 1 - |2h - 1|^β, β from 20 to 2, drives h to 0 or 1. The nearest integers where they
     are better still. Zeros stay zero.
 
-    weight: (groups, out, in). scale: broadcasts against it. limits: the outermost integers. inputs:
-    (positions, groups, in). targets: (positions, groups, out), after the ReLU if `relu`. bias:
-    (groups, out). Source: Nagel et al. 2020, arXiv 2004.10568, equations 21 to 25.
+    weight: (groups, out, in). scale: broadcasts against it. limits: the outermost integers. Source:
+    Nagel et al. 2020, arXiv 2004.10568, equations 21 to 25.
     """
     generator = torch.Generator().manual_seed(seed)
     steps = (weight / scale).nan_to_num()  # a channel that its batch norm turns off has no step
     floor, rest = steps.floor(), steps.remainder(1)
     movable = weight != 0
+    positions = len(sample.inputs)
 
     def integers(up: Tensor) -> Tensor:
         return torch.where(movable, floor + up, 0.0).clamp(*limits)
 
     def error(up: Tensor, chosen: Any = slice(None)) -> Tensor:
-        answers = torch.einsum("pgi,goi->pgo", inputs[chosen], integers(up) * scale)
-        answers = answers if bias is None else answers + bias
-        return ((answers.relu() if relu else answers) - targets[chosen]).square().mean()
+        return sample.error(integers(up) * scale, chosen)
 
     nearest = (rest >= 0.5).float()
     usual = error(nearest)
@@ -181,7 +196,7 @@ def adaround(
         v = start.requires_grad_()
         optimizer = torch.optim.Adam([v], lr=LEARNING_RATE)
         for step in range(iterations):
-            chosen = torch.randint(len(inputs), (min(DRAWN, len(inputs)),), generator=generator)
+            chosen = torch.randint(positions, (min(DRAWN, positions),), generator=generator)
             up = (v.sigmoid() * (high - low) + low).clamp(0, 1)
             loss = error(up, chosen) / usual
             if step >= free:
@@ -282,30 +297,21 @@ class _Rounder:
         steps = scale.reshape(len(weight), -1).expand(len(weight), wide.shape[2])
         steps = steps.reshape(wide.shape)
         bias = layer.arguments[2] if len(layer.arguments) > 2 else None
-        given: dict[str, Any] = {
-            "inputs": inputs.reshape(len(inputs), groups, -1),
-            "targets": (targets.relu() if relu else targets).reshape(len(targets), groups, -1),
-            "bias": None if bias is None else bias.reshape(groups, -1),
-            "relu": relu,
-        }
+        sample = Sample(
+            inputs.reshape(len(inputs), groups, -1),
+            (targets.relu() if relu else targets).reshape(len(targets), groups, -1),
+            None if bias is None else bias.reshape(groups, -1),
+            relu,
+        )
         integers = adaround(
-            wide, steps, limits, **given, iterations=self.effort.iterations, seed=self.effort.seed
+            wide, steps, limits, sample, iterations=self.effort.iterations, seed=self.effort.seed
         )
         nearest = (wide / steps).round().clamp(*limits)
         self.moved += int((integers != nearest).sum())
         self.weights += weight.numel()
-        self._compare(integers * steps, nearest * steps, given)
+        usual = float(sample.error(nearest * steps))
+        self.errors.append(float(sample.error(integers * steps)) / usual if usual else 1.0)
         return (integers * steps).reshape(weight.shape)
-
-    def _compare(self, found: Tensor, nearest: Tensor, given: dict[str, Any]) -> None:
-        def error(weight: Tensor) -> float:
-            answers = torch.einsum("pgi,goi->pgo", given["inputs"], weight)
-            answers = answers if given["bias"] is None else answers + given["bias"]
-            answers = answers.relu() if given["relu"] else answers
-            return float((answers - given["targets"]).square().mean())
-
-        usual = error(nearest)
-        self.errors.append(error(found) / usual if usual else 1.0)
 
 
 class _Kept:
@@ -368,8 +374,8 @@ def _sampled(layer: Any, weight: Tensor, effort: Effort) -> tuple[Tensor, Tensor
     outputs = (len(y), *y.shape[2:])
     every = torch.randperm(int(torch.Size(outputs).numel()), generator=generator)
     n, *sides = torch.unravel_index(every[: effort.positions], outputs)
-    chosen: Any = (n, slice(None), *sides)
-    return patches[chosen].flatten(1), y[chosen]
+    at_each: Any = (n, slice(None), *sides)
+    return patches[at_each].flatten(1), y[at_each]
 
 
 def _patches(x: Tensor, kernel: Iterable[int], layer: Node) -> Tensor:

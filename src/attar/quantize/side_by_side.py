@@ -56,6 +56,12 @@ class SideBySide(Interpreter):
         self._keys = layer_keys(prepared)
         self._at_layer = at_layer or (lambda layer: layer.answers.quantized)
 
+    def run(self, *arguments: Any) -> Pair:  # type: ignore[override]
+        """The network's answers, in float and quantized."""
+        graph = self.graph
+        pair = super().run(*graph.process_inputs(*arguments), enable_io_processing=False)
+        return Pair(*(graph.process_outputs(o) for o in (pair.in_float, pair.quantized)))
+
     def run_node(self, n: Node) -> Any:
         if n.op in ("placeholder", "get_attr"):
             value = super().run_node(n)

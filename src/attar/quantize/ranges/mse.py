@@ -14,8 +14,8 @@ STEPS = 255
 def mse(seen: Histogram) -> tuple[float, float]:
     """The least squared error: what is clipped off against how coarse the steps are.
 
-    PyTorch's histogram observer searches for the same, so it answers to that name too.
-    Both ends are drawn in together first, then each by itself.
+    PyTorch's histogram observer searches for the same, so it answers to that name too. Both ends
+    are drawn in together first, then each by itself.
     """
     shares = torch.linspace(1, 1 / CANDIDATES, CANDIDATES, dtype=torch.float64)
     whole = torch.ones(1, dtype=torch.float64)
