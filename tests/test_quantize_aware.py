@@ -494,14 +494,10 @@ def test_what_is_stored_in_four_bits_is_what_was_trained(name, images):
         if isinstance(norm, nn.BatchNorm2d):
             nn.init.normal_(norm.weight)
             nn.init.uniform_(norm.running_var, 0.5, 2)
-    objective = OnLearnedGrid(TaskObjective(TASK), network, bits=4)
-    stored = quantize_weights(
-        Student(network),
-        "int4",
-        grids=objective.scales(),
-        example=(images[:2],),
-        dynamic_shapes=SHAPES,
-    )
+    traced = {"example": (images[:2],), "dynamic_shapes": SHAPES}
+    weights = quantize_weights(Student(network), "int4", **traced).edits[-1].weights
+    objective = OnLearnedGrid(TaskObjective(TASK), network, bits=4, weights=weights)
+    stored = quantize_weights(Student(network), "int4", grids=objective.scales(), **traced)
     graph = stored.edits[-1].graph(network, (images[:2],), SHAPES)
     with torch.no_grad():
         expected = objective.judged(network.eval())(images)

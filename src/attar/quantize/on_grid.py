@@ -64,8 +64,11 @@ class OnGrid(Objective):
             self._stand_ins = [StandIn(model, model, self._computed)]
         return self.inner(self._stand_ins[0], batch)
 
+    def _weights(self, network: nn.Module) -> dict[str, Tensor]:
+        return layer_weights(network)
+
     def _computed(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        weights = {path: self._rounded(path, w) for path, w in layer_weights(network).items()}
+        weights = {path: self._rounded(path, w) for path, w in self._weights(network).items()}
         return functional_call(network, weights, args, kwargs, tie_weights=False)
 
     def _rounded(self, path: str, weight: Tensor) -> Tensor:
@@ -76,7 +79,9 @@ class OnLearnedGrid(OnGrid):
     """`OnGrid` to few bits, its steps learned with the weights (LSQ: Esser et al. 2020): for
     weights that are stored in few bits and computed with in float (`quantize_weights`).
 
-    network: the one that will be trained. `scales()` gives the learned scales afterwards.
+    network: the one that will be trained. weights: paths of the parameters that will be stored so;
+    default: those of convolutions and linear layers. `scales()` gives the learned scales
+    afterwards.
 
     Example:
         >>> objective = OnLearnedGrid(TaskObjective(task), net, bits=4)  # doctest: +SKIP
@@ -91,16 +96,18 @@ class OnLearnedGrid(OnGrid):
         network: nn.Module,
         *,
         bits: int = 4,
+        weights: Collection[str] | None = None,
         per_tensor: Collection[str] = (),
     ) -> None:
         super().__init__(inner, bits=bits, per_tensor=per_tensor)
+        self._paths = tuple(layer_weights(network) if weights is None else weights)
         self._largest = 2 ** (bits - 1) - 1
         # A byte's grid leaves out -128, so that both sides are alike; few bits use all there are.
         self._least = -self._largest - (bits < 7)
         self.log_steps = nn.ParameterDict(
             {
                 _name(path): nn.Parameter(self._first(path, weight.detach()).log())
-                for path, weight in layer_weights(network).items()
+                for path, weight in self._weights(network).items()
             }
         )
 
@@ -118,6 +125,9 @@ class OnLearnedGrid(OnGrid):
             name.replace("/", "."): step.detach().exp().float().cpu()
             for name, step in self.log_steps.items()
         }
+
+    def _weights(self, network: nn.Module) -> dict[str, Tensor]:
+        return {path: network.get_parameter(path) for path in self._paths}
 
     def _first(self, path: str, weight: Tensor) -> Tensor:
         """LSQ's own (section 2.1): `2 · mean|w| / √largest`, which the largest values may exceed; a
@@ -140,12 +150,14 @@ def _name(path: str) -> str:
 
 
 def layer_weights(network: nn.Module) -> dict[str, Tensor]:
-    """The weights of convolutions and linear layers, by path."""
-    return {
-        f"{path}.weight" if path else "weight": layer.weight
-        for path, layer in network.named_modules()
-        if isinstance(layer, LAYERS)
-    }
+    """The weights of convolutions, linear layers and attention's projections, by path."""
+    found: dict[str, Tensor] = {}
+    for path, layer in network.named_modules():
+        name = "in_proj_weight" if isinstance(layer, nn.MultiheadAttention) else "weight"
+        weight = getattr(layer, name, None)
+        if isinstance(layer, (*LAYERS, nn.MultiheadAttention)) and weight is not None:
+            found[f"{path}.{name}" if path else name] = weight
+    return found
 
 
 def rounded(weight: Tensor, largest: int, *, per_tensor: bool = False) -> Tensor:

@@ -153,13 +153,14 @@ def quantize_weights(
         raise UsageError(f"{precision} weights have no grids: leave out the group and the scales")
     if group is not None and (group < 2 or group % 2):
         raise UsageError(f"a group is an even number of weights, such as 32, not {group}")
-    if kernel == "matmulnbits" and (
-        runtime != "onnxruntime" or precision != "int4" or group not in (16, 32, 64, 128, 256)
-    ):
-        raise UsageError(
-            "the kernel matmulnbits is ONNX Runtime's for int4 weights in groups of 16, 32, 64, "
-            "128 or 256: the kernel expanded works everywhere"
-        )
+    if kernel == "matmulnbits":
+        from attar.runtimes.onnx_weights import BLOCKS
+
+        if runtime != "onnxruntime" or precision != "int4" or group not in BLOCKS:
+            raise UsageError(
+                "the kernel matmulnbits is ONNX Runtime's for int4 weights in groups of "
+                f"{', '.join(map(str, BLOCKS))}: the kernel expanded works everywhere"
+            )
     refuse_unknown_layers(student.module, float_layers)
     scheme = WeightScheme(runtime, precision, group, float_layers, kernel)
     graph = capture(student.module, example, dynamic_shapes)

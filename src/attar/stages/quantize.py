@@ -86,7 +86,8 @@ class Quantize(Stage):
     """8, or 7 where 8-bit products overflow: x86 without VNNI. `auto` asks this machine; 7 is safe
     anywhere."""
     group: int | None = Field(None, ge=2)
-    """How many weights of a row share a scale; default: all."""
+    """How many weights of a row share a scale. Default: 32 for `int4-weights` after training, else
+    all of them."""
     float_layers: list[str] = Field(default_factory=list)
     """Layers that compute in float, by path, with all inside them; `*` stands for anything."""
     equalise: bool = False
@@ -142,6 +143,8 @@ class Quantize(Stage):
                 raise ValueError(f"method: qat is for scheme {' or '.join(OF['recover'])}")
             if self.recover is None:
                 raise ValueError("method: qat trains: give recover, such as {epochs: 3}")
+            if self.group is not None:
+                raise ValueError("group is for method: ptq: training learns a scale a row")
             if self.rounding == "adaptive" or self.correct_biases:
                 raise ValueError(
                     "rounding: adaptive and correct_biases are for method: ptq; training does it"

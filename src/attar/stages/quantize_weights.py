@@ -14,9 +14,10 @@ from attar.quantize.on_grid import OnLearnedGrid
 from attar.quantize.post_training import shared_grids
 from attar.quantize.rounding import round_weights
 from attar.quantize.smoothing import smooth
-from attar.quantize.weight_only import BITS, Kernel, Precision, quantize_weights
+from attar.quantize.weight_only import BITS, Kernel, Precision, WeightsQuantized, quantize_weights
 from attar.quantize.weight_scales import LIMITS, spread
 from attar.runtimes.base import runtimes
+from attar.runtimes.onnx_weights import BLOCKS
 from attar.runtimes.target import Target
 from attar.stages.base import Context
 from attar.stages.quantizing import calibration, decided, runtime_bench, traced
@@ -26,6 +27,8 @@ from attar.training.objective import Objective
 if TYPE_CHECKING:
     from attar.stages.quantize import Quantize
 
+GROUP = 32
+"""How many 4-bit weights share a scale, where nothing else is said and they aren't trained."""
 LOOKED_AT = 1024
 """Training examples that rounding and smoothing look at."""
 
@@ -36,46 +39,55 @@ def quantized_weights(
     """The student with its weights in fewer bits, computed with in float."""
     if "*" in float_layers:
         raise UsageError(f"float_layers: '*' leaves nothing for scheme {stage.scheme}")
-    precision = cast(Precision, stage.scheme.removesuffix("-weights"))
+    precision, group = cast(Precision, stage.scheme.removesuffix("-weights")), stage.group
+    if group is None and precision == "int4" and stage.method == "ptq":
+        group = GROUP
     common: dict[str, Any] = {
         **traced(run),
         "runtime": run.runtime,
-        "group": stage.group,
+        "group": group,
         "float_layers": float_layers,
     }
     runtimes.get(run.runtime).require_scheme(stage.scheme)
     bits, grids = BITS[precision], None
+    result = quantize_weights(student, precision, **common)
     if stage.method == "qat":
-        student, grids = _trained(stage, student, bits, run)
-    result = quantize_weights(student, precision, grids=grids, **common)
+        student, grids = _trained(stage, student, result, bits, run)
+        result = quantize_weights(student, precision, grids=grids, **common)
     if stage.rounding == "adaptive":
-        scales = result.edits[-1].tensors()
+        grids = result.edits[-1].tensors()
         steps = {
-            path: (spread(student.module.get_parameter(path), scale, stage.group), LIMITS[bits])
-            for path, scale in scales.items()
+            path: (spread(student.module.get_parameter(path), scale, group), LIMITS[bits])
+            for path, scale in grids.items()
         }
         examples = calibration(run, LOOKED_AT)
-        student, record = round_weights(student, steps, examples, **traced(run))
-        run.found["rounded"] = record
-        grids = scales
+        student, run.found["rounded"] = round_weights(student, steps, examples, **traced(run))
         result = quantize_weights(student, precision, grids=grids, **common)
     run.found["bits"] = bits
-    if stage.group is None or precision != "int4" or run.runtime != "onnxruntime":
+    if group not in BLOCKS or precision != "int4" or run.runtime != "onnxruntime":
         return result
     integers = quantize_weights(student, precision, grids=grids, kernel="matmulnbits", **common)
     return _faster({"expanded": result, "matmulnbits": integers}, run)
 
 
 def _trained(
-    stage: Quantize, student: Student, bits: int, run: Context
+    stage: Quantize, student: Student, stored: Student, bits: int, run: Context
 ) -> tuple[Student, dict[str, Tensor]]:
-    """The student trained with its weights on grids of so many bits, and the grids' steps."""
+    """The student trained with its weights on grids of so many bits, and the grids' steps. stored:
+    the same, stored without training."""
     assert stage.recover is not None
+    (edit,) = (e for e in stored.edits if isinstance(e, WeightsQuantized))
     made: list[OnLearnedGrid] = []
 
     def wrap(inner: Objective) -> Objective:
         made.append(
-            OnLearnedGrid(inner, student.module, bits=bits, per_tensor=shared_grids(student))
+            OnLearnedGrid(
+                inner,
+                student.module,
+                bits=bits,
+                weights=edit.weights,
+                per_tensor=shared_grids(student),
+            )
         )
         return made[-1]
 
