@@ -192,8 +192,9 @@ def _takes_integers(graph: _Graph, weight: onnx.NodeProto) -> bool:
 def _is_product(node: onnx.NodeProto, weight: str) -> bool:
     """Whether it is x · wᵀ plus a bias."""
     options = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-    plain = {k: v for k, v in options.items() if (k, v) not in (("alpha", 1.0), ("beta", 1.0))}
-    return node.op_type == "Gemm" and node.input[1] == weight and plain == {"transB": 1}
+    wanted = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 1}
+    neutral = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}
+    return node.op_type == "Gemm" and node.input[1] == weight and {**neutral, **options} == wanted
 
 
 def _block(integers: np.ndarray, scale: np.ndarray) -> int | None:
