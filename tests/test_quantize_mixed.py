@@ -61,7 +61,7 @@ class Residual(nn.Module):
 
 
 class Planted(nn.Module):
-    """A layer that reads a few values that are far larger than all others, and hardly matter."""
+    """A layer that reads values far larger than all others, and makes nothing of them."""
 
     def __init__(self, channel: float = 1.0) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Planted(nn.Module):
         self.register_buffer("scale", torch.ones(8, 1, 1))
         self.scale[0] = channel
         with torch.no_grad():
-            self.third.weight[:, 0] /= channel
+            self.third.weight[:, 0] = 0
             self.head.weight *= 20  # answers that are sure of something
 
     def forward(self, x):
@@ -361,8 +361,7 @@ def test_a_planted_layer_is_left_in_float_by_a_plan_that_the_runtime_measured(
 ):
     net = Planted(1000.0)
     quantized, traced = quantized_of(net, digits)
-    wrong = ImageClassification()
-    before = statistics_of(net, digits.validation, wrong)
+    before = statistics_of(net, digits.validation, TASK)
     losses = sensitivity(
         quantized(()), quantized(("*",)), digits.validation.batches(50), TASK, **traced
     )
@@ -378,12 +377,12 @@ def test_a_planted_layer_is_left_in_float_by_a_plan_that_the_runtime_measured(
     def moved(layers):
         # of labels, an untrained network knows nothing: against its own answers
         after = bench.statistics(layers, digits.validation, TASK)
-        after[:, 0], own = after[:, 2] == before[:, 2], before.copy()
-        own[:, 0] = 1
+        own = before.copy()
+        own[:, 0], after[:, 0] = 1, after[:, 2] == before[:, 2]
         return metric_drop(TASK, own, after)
 
-    found = plan(bench, losses, moved, max_drop=0.03)
-    assert moved(()).value > 0.03
+    found = plan(bench, losses, moved, max_drop=0.1)
+    assert moved(()).value > 0.5
     assert found.float_layers == ("third",)
 
 
