@@ -15,9 +15,10 @@ from attar.quantize.observers import SMALLEST_SCALE, Grid, PerChannelWeight
 class FakeQuantizer(nn.Module):
     """Rounds one tensor to a grid like its observer's, with a step that can be learned.
 
-    A weight has a step an output channel; where `shared`, all its channels have one in common, as
-    it is before batch norms are folded into it, and `factors` are what folding multiplies them by.
-    Zero points are whole and not learned.
+    A weight's steps are those that it has before batch norms are folded into it, for that is the
+    weight that is trained beside them, at the same pace; `factors`, (channels,), are what folding
+    multiplies them by. There is a step an output channel; where `shared`, one for all. Zero points
+    are whole and not learned.
     """
 
     zero_point: Tensor
@@ -37,9 +38,9 @@ class FakeQuantizer(nn.Module):
 
     def take(self, grid: Grid) -> None:
         """Begins at the observer's grid."""
-        scale = grid.scale.float()
+        scale = grid.scale.float() / self.factors.to(grid.scale.device)
         if self.shared:
-            scale = (scale / self.factors.to(scale.device)).amax().reshape(1)
+            scale = scale.amax().reshape(1)
         with torch.no_grad():
             self.log_step.copy_(scale.log())
             self.zero_point.copy_(grid.zero_point)
@@ -73,7 +74,7 @@ class FakeQuantizer(nn.Module):
             self._zero = int(self.zero_point.flatten()[0])
         low, high = (end - self._zero for end in self.ends)
         sharing = x.numel() // self.log_step.numel() if self.per_channel else x[:1].numel()
-        step = grown(self.log_step, sharing, max(-low, high))
+        step = grown(self.log_step, sharing, max(-low, high), weight=self.per_channel)
         if self.per_channel:
             step = (step * self.factors).reshape(-1, *[1] * (x.dim() - 1))
         return on_learned_grid(x, step, low, high)

@@ -27,15 +27,28 @@ def on_learned_grid(x: Tensor, step: Tensor, low: int, high: int) -> Tensor:
     return _OnLearnedGrid.apply(x, step, low, high)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def grown(log_step: Tensor, values: int, largest: int) -> Tensor:
+FINE = 32
+"""Steps to either side from which on a weight's grid is fine."""
+
+
+def grown(log_step: Tensor, values: int, largest: int, *, weight: bool = False) -> Tensor:
     """The step `exp(log_step)`, whose gradient reaches `log_step` so that plain gradient descent
     changes the step as LSQ does, to first order: as `∂L/∂step / √(values · largest)` (its section
     2.2). A step learned as its logarithm stays positive, and Adam, which gives every parameter
     updates of one size, changes all steps by the same share.
 
-    values: how many values share the step; largest: the grid's last step.
+    On a fine grid, LSQ's factor is too large for weights: where few share a step (a depthwise
+    convolution's nine), one update changes it many times over. There it is `9 / (values ·
+    largest²)`, which lets a step change at the pace of its weights' size: a third of the last step
+    is how large weights usually are, so that their squares sum to `values · (largest · step / 3)²`.
+    At two bits the two factors are about the same.
+
+    values: how many values share the step; largest: the grid's last step. weight: whether these
+    are weights.
     """
     factor = 1 / math.sqrt(max(1, values) * max(1, largest))
+    if weight and largest >= FINE:
+        factor = min(factor, 9 / (max(1, values) * largest**2))
     return _Grown.apply(log_step, factor)  # type: ignore[no-any-return, no-untyped-call]
 
 

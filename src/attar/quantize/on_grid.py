@@ -138,7 +138,8 @@ class OnLearnedGrid(OnGrid):
 
     def _rounded(self, path: str, weight: Tensor) -> Tensor:
         log_step = self.log_steps[_name(path)]
-        step = grown(log_step, weight.numel() // log_step.numel(), self._largest)
+        sharing = weight.numel() // log_step.numel()
+        step = grown(log_step, sharing, self._largest, weight=True)
         if step.dim():
             step = step.reshape(-1, *[1] * (weight.dim() - 1))
         return on_learned_grid(weight, step, self._least, self._largest)

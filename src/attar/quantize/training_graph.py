@@ -65,7 +65,7 @@ class TrainingGraph:
         outputs, self.lost = _outputs(network, self._observed, example)
         self._look(network)
         self._fakes = {
-            key: FakeQuantizer(grid, learned=learned, shared=_owner(key, per_tensor) is not None)
+            key: FakeQuantizer(grid, learned=learned, shared=_weight_of(key) in per_tensor)
             for key, grid in grids_of(self._observed).items()
         }
         self.quantizers = nn.ModuleList(self._fakes.values())
@@ -117,24 +117,38 @@ class TrainingGraph:
     def _take(self, network: nn.Module) -> None:
         tensors = tensors_of(network)
         self._follow(next(iter(tensors.values())).device)
-        for key, grid in grids_of(self._observed).items():
+        for grid in grids_of(self._observed).values():
             grid.fix(grid.scale.to(self._device), grid.zero_point.to(self._device))
+        constants = self._constants(tensors)
+        self._fold_steps(tensors, constants)
+        for key, grid in grids_of(self._observed).items():
             self._fakes[key].take(grid)
-        self._fit(tensors, self._constants(tensors))
+        self._fit(tensors, constants)
 
     def _fit(self, tensors: Tensors, constants: Tensors) -> None:
         """Brings up to date what of the grids follows from the weights."""
-        with torch.no_grad():
-            for node in self._graph.graph.nodes:
-                stands = self._stands_at(node)
-                if stands is None or not is_constant(argument(node)):
-                    continue
-                name = str(argument(node).target)
-                if isinstance(stands, FakeBias):
-                    stands.make_room(constants[name])
-                elif stands.shared:
-                    own = tensors[str(_owner(stands.key, self._per_tensor))]
-                    stands.factors = channel_factors(_largest(own), _largest(constants[name]))
+        self._fold_steps(tensors, constants)
+        for name, stands in self._standing():
+            if isinstance(stands, FakeBias):
+                stands.make_room(constants[name].detach())
+
+    def _fold_steps(self, tensors: Tensors, constants: Tensors) -> None:
+        """Lets steps, which are those of the network's own weights, follow their folding."""
+        for name, stands in self._standing():
+            if isinstance(stands, FakeBias) or name not in self._folds:
+                continue
+            own, folded = tensors.get(_weight_of(stands.key)), constants[name].detach()
+            if own is not None and own.shape == folded.shape:
+                stands.factors = channel_factors(_largest(own.detach()), _largest(folded))
+
+    def _standing(self) -> list[tuple[str, FakeQuantizer | FakeBias]]:
+        """The names of the constants that lie on grids, and what stands there."""
+        found = [(self._stands_at(node), node) for node in self._graph.graph.nodes]
+        return [
+            (str(argument(node).target), stands)
+            for stands, node in found
+            if stands is not None and is_constant(argument(node))
+        ]
 
     def _stands_at(self, node: Node) -> FakeQuantizer | FakeBias | None:
         stands = self._graph.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -170,11 +184,9 @@ class Passing(nn.Module):
         return x
 
 
-def _owner(key: str, paths: Collection[str]) -> str | None:
-    """The weight, among these, whose grid has this key."""
-    layer, _, rest = key.partition(":")
-    path = f"{layer}.weight"
-    return path if rest.endswith("/weight") and path in paths else None
+def _weight_of(key: str) -> str:
+    """The path of the weight whose grid has this key, where it is a layer's own; else nothing's."""
+    return f"{key.partition(':')[0]}.weight" if key.endswith("/weight") else ""
 
 
 def _largest(weight: Tensor) -> Tensor:
