@@ -3,10 +3,13 @@
 # make lint       ruff and mypy
 # make clean      what the above left here (runs and the environment included)
 #
+# JOBS=1 runs the tests in one process, else in one a core.
 # PYTHON=python3.12 chooses the interpreter, VENV=folder the environment.
 
 PYTHON ?= python3
 ARGS ?=
+JOBS ?= auto
+PYTEST = $(RUN) -m pytest --numprocesses $(JOBS) --dist loadfile
 
 ifeq ($(CI),true)
 # Clones come and go: the dependencies stay in the cache, named by what they depend on, and each
@@ -31,10 +34,10 @@ demo: install
 	$(RUN) -m attar.cli run digits --out runs/demo --overwrite
 
 test: install
-	$(RUN) -m pytest -m "not long" $(ARGS)
+	$(PYTEST) -m "not long" $(ARGS)
 
 test-all: install
-	$(RUN) -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 lint: install
 	$(RUN) -m ruff check .

@@ -30,7 +30,7 @@ from attar.prune import (
     prune_weights,
     without_blocks,
 )
-from attar.quantize import Quantized
+from attar.quantize import Quantized, quantize_dynamically, quantize_weights
 from attar.quantize.edit import Scheme
 from attar.share import Shared, share_weights
 from attar.student import Edit, Student, load_student, save_student
@@ -38,6 +38,7 @@ from attar.student.fingerprint import weights_sha256
 
 SPEC = ModelSpec(model="cifar-resnet8", channels=1, classes=10)
 IMAGES = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+SHAPES = ({0: torch.export.Dim("batch", min=1)},)
 
 
 def make_net() -> nn.Module:
@@ -135,6 +136,14 @@ def quantized(student: Student) -> Student:
     )
 
 
+def stored(student: Student) -> Student:
+    return quantize_weights(student, "int4", example=(IMAGES,), dynamic_shapes=SHAPES)
+
+
+def quantized_in_calls(student: Student) -> Student:
+    return quantize_dynamically(student, example=(IMAGES,), dynamic_shapes=SHAPES)
+
+
 def headed(student: Student) -> Student:
     student = student.copy()
     torch.manual_seed(1)
@@ -155,6 +164,8 @@ WAYS = {
     "weights-folded": [folded],
     "shared": [shared],
     "quantized": [quantized],
+    "weights-quantized": [stored],
+    "quantized-dynamically": [quantized_in_calls],
     "all": [removed, masked, shared, quantized],
     "masked first": [masked, removed],
     "teacher-head first": [headed, masked, shared],
@@ -406,7 +417,7 @@ def test_a_wrong_record_is_refused(saved, changes, said):
 
 KINDS = [
     "masked", "shared", "channels-removed", "heads-freed", "blocks-removed", "weights-folded",
-    "quantized", "teacher-head",
+    "quantized", "weights-quantized", "quantized-dynamically", "teacher-head",
 ]  # fmt: skip
 
 
@@ -422,7 +433,7 @@ def test_a_damaged_edit_is_refused(tmp_path, kind, change):
         load(tmp_path, kind)
 
 
-@pytest.mark.parametrize("kind", ["masked", "shared", "quantized"])
+@pytest.mark.parametrize("kind", ["masked", "shared", "quantized", "weights-quantized"])
 def test_an_edit_without_its_tensors_is_refused(tmp_path, kind):
     save_student(made(*WAYS[kind]), tmp_path)
     (tmp_path / "edits.safetensors").unlink()

@@ -135,7 +135,7 @@ class TrainingGraph:
     def _fold_steps(self, tensors: Tensors, constants: Tensors) -> None:
         """Lets steps, which are those of the network's own weights, follow their folding."""
         for name, stands in self._standing():
-            if isinstance(stands, FakeBias) or name not in self._folds:
+            if isinstance(stands, FakeBias) or not stands.per_channel:
                 continue
             own, folded = tensors.get(_weight_of(stands.key)), constants[name].detach()
             if own is not None and own.shape == folded.shape:
