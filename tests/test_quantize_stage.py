@@ -178,7 +178,7 @@ def test_every_scheme_leaves_its_edit_and_answers_nearly_as_before(
     make, settings, kind, run, tiny_net, monkeypatch
 ):
     quick = partial(round_weights, effort=Effort(examples=32, iterations=20))
-    monkeypatch.setattr("attar.stages.quantize_weights.round_weights", quick)
+    monkeypatch.setattr("attar.stages.quantizing.weights.round_weights", quick)
     network = (make or tiny_net)().eval()
     before = answers_of(network, run)
     student = Quantize(**settings).apply(Student(network), run)
@@ -232,7 +232,7 @@ def test_a_plan_of_precision_is_kept_for_a_stage_that_was_killed(run, tiny_net, 
         "8",
     }
     monkeypatch.setattr(
-        "attar.stages.quantize_static.plan", lambda *_, **__: pytest.fail("planned")
+        "attar.stages.quantizing.static.plan", lambda *_, **__: pytest.fail("planned")
     )
     again = replace(run, found={})
     stage.apply(Student(tiny_net().eval()), again)

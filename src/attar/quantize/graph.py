@@ -10,9 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from attar.errors import CheckpointError, ExportError
-from attar.runtimes.aten import argument, constant, is_constant, module_path, operator, rank
-from attar.runtimes.onnxruntime_quantizer import stable_names
+from attar.errors import CheckpointError
+from attar.runtimes.aten import (
+    argument,
+    constant,
+    is_constant,
+    module_path,
+    operator,
+    rank,
+    stable_names,
+)
+from attar.runtimes.tracing import quiet
+from attar.runtimes.tracing import trace as exported
 
 IDENTITIES = {"dropout", "feature_dropout", "alias", "detach", "lift_fresh"}
 VIEWS = {"slice", "select", "view", "reshape", "transpose", "permute", "narrow", "flatten"}
@@ -51,16 +60,8 @@ def trace(
     """As `capture`, with the batch norms where they are: constants are named as the network names
     its parameters and buffers."""
     network = copy.deepcopy(module).cpu().eval()
-    try:
-        with torch.no_grad():
-            program = torch.export.export(
-                network, example, dynamic_shapes=dynamic_shapes, strict=False
-            )
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ExportError(
-            f"can't trace {type(module).__name__} to quantize it: {reason}"
-        ) from error
+    with quiet():
+        program = exported(network, example, dynamic_shapes, type(module).__name__)
     graph: GraphModule = program.module(check_guards=False)
     graph.meta["originals"], graph.meta["folds"] = tensors_of(graph), {}
     _mark_outputs(graph)

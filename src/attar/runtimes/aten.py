@@ -44,3 +44,14 @@ def constant(graph: GraphModule, node: Node) -> Tensor:
     for part in str(node.target).split("."):
         value = getattr(value, part)
     return value.detach()
+
+
+def stable_names(model: GraphModule) -> dict[Node, str]:
+    """What each node is called in terms that outlive the graph (see `OnnxRuntimeQuantizer`)."""
+    names: dict[Node, str] = {}
+    seen: dict[str, int] = {}
+    for node in model.graph.nodes:
+        name = f"{module_path(node)}:{operator(node) or node.op}"
+        count = seen[name] = seen.get(name, -1) + 1
+        names[node] = f"{name}.{count}" if count else name
+    return names

@@ -25,7 +25,7 @@ from torchao.quantization.pt2e.quantizer import (
 )
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY, EdgeOrNode
 
-from attar.runtimes.aten import argument, is_constant, module_path, operator, rank
+from attar.runtimes.aten import argument, is_constant, module_path, operator, rank, stable_names
 
 CONVOLUTIONS = {"conv1d", "conv2d", "conv3d"}
 ACTIVATIONS = {"relu", "hardtanh", "relu6"}
@@ -280,17 +280,6 @@ def _bias_grid(source: EdgeOrNode, weight: EdgeOrNode) -> DerivedQuantizationSpe
         qscheme=torch.per_channel_symmetric,
         ch_axis=0,
     )
-
-
-def stable_names(model: GraphModule) -> dict[Node, str]:
-    """What each node is called in terms that outlive the graph (see `OnnxRuntimeQuantizer`)."""
-    names: dict[Node, str] = {}
-    seen: dict[str, int] = {}
-    for node in model.graph.nodes:
-        name = f"{module_path(node)}:{operator(node) or node.op}"
-        count = seen[name] = seen.get(name, -1) + 1
-        names[node] = f"{name}.{count}" if count else name
-    return names
 
 
 def _sources(node: Node) -> list[Node]:

@@ -173,8 +173,8 @@ class Quantize(Stage):
         return self.recover.epochs if self.recover is not None else 0
 
     def apply(self, student: Student, run: Context) -> Student:
-        from attar.stages.quantize_static import StaticInt8
-        from attar.stages.quantize_weights import quantized_dynamically, quantized_weights
+        from attar.stages.quantizing.static import StaticInt8
+        from attar.stages.quantizing.weights import quantized_dynamically, quantized_weights
 
         layers = matching(self.float_layers, student)
         run.found["scheme"] = self.scheme
