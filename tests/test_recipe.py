@@ -8,6 +8,7 @@ from typing import ClassVar
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from attar.errors import RecipeError, UsageError
 from attar.recipe import Recipe, dump_recipe, load_recipe, presets
@@ -333,3 +334,15 @@ def test_a_network_of_ones_own_takes_images_as_they_are(
     )
     assert load_recipe(out).data.size == size
     assert ("images differ in size" in out.read_text()) == (size is not None)
+
+
+def test_a_scheme_that_the_runtime_lacks_is_refused_before_anything_is_trained():
+    written = {
+        "name": "mine",
+        "data": {"source": "digits"},
+        "teacher": {"model": "digits-wide", "train": {"epochs": 1}},
+        "stages": [{"quantize": {"scheme": "int4-weights"}}],
+    }
+    Recipe.model_validate(written)
+    with pytest.raises(ValidationError, match="executorch has no scheme int4-weights"):
+        Recipe.model_validate({**written, "deploy": {"runtime": "executorch"}})

@@ -216,6 +216,15 @@ class Recipe(Part):
         return self
 
     @model_validator(mode="after")
+    def _runtime_suits(self) -> Recipe:
+        for stage in (*self.teacher.prepare, *self.stages):
+            try:
+                stage.suits(runtimes.get(self.deploy.runtime))
+            except UsageError as error:
+                raise ValueError(f"{stage.name}: {error}") from None
+        return self
+
+    @model_validator(mode="after")
     def _labels_where_needed(self) -> Recipe:
         from attar.distill.criterion import require_no_labels
         from attar.stages.distill import Distill

@@ -23,6 +23,7 @@ from attar.training.objective import Objective
 if TYPE_CHECKING:
     from attar.distill.answers import Storing
     from attar.distill.signal import Source
+    from attar.runtimes.base import Runtime
 
 OnEpoch = Callable[[nn.Module, int], None]
 """Called before each epoch with the network and the epoch's number, from 0."""
@@ -173,6 +174,9 @@ class Stage(BaseModel):
     def measures_runtime(self) -> bool:
         """Whether its result depends on the deploy target (on latencies measured there)."""
         return False
+
+    def suits(self, runtime: type[Runtime]) -> None:
+        """Raises `UsageError` for a runtime that can't execute what this stage makes."""
 
     @property
     def files(self) -> list[Path]:

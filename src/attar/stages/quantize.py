@@ -12,6 +12,7 @@ from attar.errors import UsageError
 from attar.quantize.cpu import WeightBits
 from attar.quantize.ranges import ranges
 from attar.registry import near
+from attar.runtimes.base import Runtime
 from attar.stages.base import Context, Stage, stages
 from attar.stages.recovery import Recovery
 from attar.student import Student
@@ -120,6 +121,9 @@ class Quantize(Stage):
     @property
     def measures_runtime(self) -> bool:
         return True
+
+    def suits(self, runtime: type[Runtime]) -> None:
+        runtime.require_scheme(self.scheme)
 
     @property
     def files(self) -> list[Path]:
