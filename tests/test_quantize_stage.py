@@ -19,6 +19,7 @@ from attar.quantize.rounding import Effort, round_weights
 from attar.runtimes.target import Target
 from attar.stages.base import Context
 from attar.stages.quantize import Quantize
+from attar.stages.quantizing import spread_over
 from attar.student import Student
 from attar.tasks.base import tasks
 from network_fixture import Encoder
@@ -259,6 +260,13 @@ def test_validation_of_another_kind_than_calibration_is_told(run, tiny_net):
     )
     said = [n["text"] for n in notes if "calibration data look different" in n["text"]]
     assert said and "of values are clipped" in said[0]
+
+
+def test_examples_to_look_at_are_spread_over_a_split(run):
+    split = run.data.validation
+    seen = torch.cat([b.indices for b in spread_over(split, 72)])
+    assert len(seen) == 72 and torch.equal(seen, split.pick(range(0, 144, 2)).indices)
+    assert sum(len(b.indices) for b in spread_over(split, 10_000)) == len(split)
 
 
 class Brighter:

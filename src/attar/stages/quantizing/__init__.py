@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from attar.data.base import Batch, Split
 from attar.quantize.bench import RuntimeBench
 from attar.quantize.fallback import Decision, decide, telling
 from attar.runtimes.base import runtimes
@@ -34,6 +35,14 @@ def calibration(run: Context, count: int) -> Iterator[tuple[Any, ...]]:
         seen += len(batch.indices)
         if seen >= count:
             return
+
+
+def spread_over(split: Split, count: int) -> Iterator[Batch]:
+    """So many examples, or all there are, at even distances over a split, in batches."""
+    count = min(count, len(split))
+    places = [i * len(split) // count for i in range(count)]
+    for start in range(0, count, BATCH):
+        yield split.pick(places[start : start + BATCH])
 
 
 @contextmanager

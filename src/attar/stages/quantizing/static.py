@@ -24,7 +24,7 @@ from attar.quantize.rounding import round_adaptively
 from attar.quantize.sensitivity import sensitivity
 from attar.quantize.smoothing import smooth
 from attar.stages.base import Context
-from attar.stages.quantizing import calibration, decided, runtime_bench, traced
+from attar.stages.quantizing import calibration, decided, runtime_bench, spread_over, traced
 from attar.store import write_whole
 from attar.student import Student
 from attar.tasks.intervals import metric_drop
@@ -115,11 +115,10 @@ class StaticInt8:
     ) -> PrecisionPlan:
         task, validation = self.run.task, self.run.data.validation
         before = statistics_of(student.module, validation, task)
-        seen = validation.pick(range(min(SENSED, len(validation))))
         losses = sensitivity(
             self._as_calibrated(student, ()),
             self._as_calibrated(student, ("*",)),
-            [seen],
+            spread_over(validation, SENSED),
             task,
             **self.traced,
         )
@@ -207,10 +206,6 @@ class StaticInt8:
         return calibration(self.run, self.scheme.calibration)
 
     def _looked_at(self) -> Iterator[tuple[Any, ...]]:
-        """Validation examples, spread over the split."""
-        split = self.run.data.validation
-        count = min(LOOKED_AT, len(split))
-        arguments, _ = self.run.task.arguments(
-            split.pick([i * len(split) // count for i in range(count)])
-        )
-        yield arguments
+        """Validation examples to look at."""
+        for batch in spread_over(self.run.data.validation, LOOKED_AT):
+            yield self.run.task.arguments(batch)[0]

@@ -37,6 +37,7 @@ def quantized_weights(
     stage: Quantize, student: Student, float_layers: tuple[str, ...], run: Context
 ) -> Student:
     """The student with its weights in fewer bits, computed with in float."""
+    runtimes.get(run.runtime).require_scheme(stage.scheme)
     if "*" in float_layers:
         raise UsageError(f"float_layers: '*' leaves nothing for scheme {stage.scheme}")
     precision, group = cast(Precision, stage.scheme.removesuffix("-weights")), stage.group
@@ -48,7 +49,6 @@ def quantized_weights(
         "group": group,
         "float_layers": float_layers,
     }
-    runtimes.get(run.runtime).require_scheme(stage.scheme)
     bits, grids = BITS[precision], None
     result = quantize_weights(student, precision, **common)
     if stage.method == "qat":
@@ -119,6 +119,7 @@ def quantized_dynamically(
 ) -> Student:
     """The student with linear layers in int8 where that is measured to be faster; else with its
     weights stored in 8 bits."""
+    runtimes.get(run.runtime).require_scheme(stage.scheme)
     bits, how = weight_bits(stage.weight_bits), traced(run)
     run.found.update(weight_bits=bits, safe_on=safe_on(bits))
     if stage.smooth is not None:
@@ -133,7 +134,6 @@ def quantized_dynamically(
             student, runtime=run.runtime, weight_bits=bits, float_layers=layers, **how
         )
 
-    runtimes.get(run.runtime).require_scheme(stage.scheme)
     if stage.fallback == "off" or "*" in float_layers:
         return quantized(float_layers)
     with runtime_bench(run, quantized) as bench:
