@@ -6,7 +6,8 @@ Three networks, each run whole by its recipe beside this file, so that every fig
 exported file's answers, held image by image against the float teacher's:
 
 - `quantize_resnet56.yaml`: the shared ResNet-56, int8 from 512 calibration images, beside ONNX
-  Runtime's own `quantize_static` on as many (its row `plain-int8`);
+  Runtime's own `quantize_static` on as many (its row `plain-int8`), and NNCF on as many where
+  `--nncf` names the Python of an environment that has it;
 - `quantize_mobilenet.yaml`: a MobileNetV2 trained here, whose depthwise layers are int8's hard
   case, beside `quantize_static` with one scale a tensor, after training and aware of it;
 - `quantize_resnet20.yaml`: a ResNet-20 trained here, with four-bit weights, for storage: they are
@@ -20,9 +21,11 @@ takes 512 images, an epoch of training, and keeps nothing.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
+import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -39,7 +42,7 @@ from attar.measure.machine import environment
 from attar.pipeline import run
 from attar.pipeline.job import Job, job_of
 from attar.recipe import Recipe, dump_recipe, load_recipe
-from attar.runtimes.bundle import read_bundle
+from attar.runtimes.bundle import Bundle, read_bundle
 from attar.runtimes.onnxruntime_session import OnnxSession
 
 HERE = Path(__file__).parent
@@ -51,6 +54,8 @@ QAT = [
     "stages.quantize.recover.optimizer.lr=0.01",
     "stages.quantize.recover.optimizer.weight_decay=0.0001",
 ]
+NNCF = "NNCF"
+WORKER = HERE / "int8_nncf_worker.py"
 Line = dict[str, Any]
 
 
@@ -77,14 +82,13 @@ CASES = [
 def main() -> None:
     parser = options(__doc__ or "")
     parser.add_argument("--cases", nargs="+", help="which, by name; default: all")
+    parser.add_argument("--nncf", metavar="PYTHON", help="the Python of an environment with NNCF")
     arguments = parser.parse_args()
     chosen = [c for c in CASES if not arguments.cases or c.name in arguments.cases]
     known = {} if arguments.quick else finished()
     figures, goals, rows = {}, {}, []
     for case in chosen:
-        lines = [
-            measured(case, seed, known, quick=arguments.quick) for seed in range(arguments.seeds)
-        ]
+        lines = [measured(case, seed, known, arguments) for seed in range(arguments.seeds)]
         figures[f"{case.name}_drop"] = round(mean_drop(lines), 2)
         if case.goal is not None:
             goals[f"{case.name}_drop"] = ("<=", case.goal)
@@ -100,15 +104,19 @@ def finished() -> dict[tuple[Any, ...], Line]:
     return {(line["case"], line["seed"], line["setting"]): line for line in lines}
 
 
-def measured(case: Case, seed: int, known: dict[tuple[Any, ...], Line], *, quick: bool) -> Line:
+def measured(
+    case: Case, seed: int, known: dict[tuple[Any, ...], Line], arguments: argparse.Namespace
+) -> Line:
     """The case's line: from the log, or run now and appended."""
+    quick = arguments.quick
     overrides = [*case.overrides, f"seed={seed}", *(shortened(case) if quick else [])]
     recipe = load_recipe(str(HERE / f"quantize_{case.recipe}.yaml"), overrides)
     key = (case.name, seed, setting_of(recipe))
-    if key in known:
+    if key in known and (NNCF in known[key]["ways"] or not arguments.nncf):
         return known[key]
     print(f"{case.name}, seed {seed}", flush=True)
-    line = {"case": case.name, "seed": seed, "setting": key[2], **quantized(case, recipe)}
+    found = quantized(case, recipe, arguments.nncf)
+    line = {"case": case.name, "seed": seed, "setting": key[2], **found}
     if not quick:
         with LOG.open("a", encoding="utf-8") as log:
             log.write(json.dumps(line) + "\n")
@@ -128,7 +136,7 @@ def setting_of(recipe: Recipe) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def quantized(case: Case, recipe: Recipe) -> Line:
+def quantized(case: Case, recipe: Recipe, nncf: str | None) -> Line:
     """One run, as a line: rows of the ledger, and of the baselines that the ledger has not."""
     folder = Path("runs") / "benchmarks" / f"quantize-{case.name}-{recipe.seed}"
     started = time.perf_counter()
@@ -142,6 +150,7 @@ def quantized(case: Case, recipe: Recipe) -> Line:
             "ours": of_row(rows["quantize"]),
             "quantize_static": of_row(rows["plain-int8"]),
             "quantize_static, a scale a tensor": per_tensor(folder, job),
+            **({NNCF: by_nncf(folder, job, nncf)} if nncf else {}),
         },
         "seconds": round(time.perf_counter() - started),
         "environment": environment(),
@@ -176,15 +185,32 @@ def per_tensor(folder: Path, job: Job) -> dict[str, float]:
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
         )
-        before, after = (hits(s, job) for s in (source.session(), OnnxSession(target)))
-        drop = paired_share_drop(before, after)
-        return {
-            "accuracy": float(after.mean()),
-            "drop": round(100 * drop.value, 3),
-            "low": round(100 * drop.low, 3),
-            "high": round(100 * drop.high, 3),
-            "bytes": target.stat().st_size,
-        }
+        return of_file(source, target, job)
+
+
+def by_nncf(folder: Path, job: Job, python: str) -> dict[str, float]:
+    """NNCF's own, by its defaults, on the same images."""
+    source = read_bundle(folder / "stages/00-exported/bundle")
+    with TemporaryDirectory() as scratch:
+        images, target = Path(scratch) / "images.npz", Path(scratch) / "int8.onnx"
+        batches = [batch["input"] for batch in iter(Reader(job, ["input"]).get_next, None)]
+        np.savez(images, inputs=np.concatenate(batches))
+        command = [python, str(WORKER), str(source.folder / "model.onnx"), str(images), str(target)]
+        subprocess.run(command, check=True)
+        return of_file(source, target, job)
+
+
+def of_file(source: Bundle, target: Path, job: Job) -> dict[str, float]:
+    """What a quantized file answers on the test split, beside the float bundle."""
+    before, after = (hits(s, job) for s in (source.session(), OnnxSession(target)))
+    drop = paired_share_drop(before, after)
+    return {
+        "accuracy": float(after.mean()),
+        "drop": round(100 * drop.value, 3),
+        "low": round(100 * drop.low, 3),
+        "high": round(100 * drop.high, 3),
+        "bytes": target.stat().st_size,
+    }
 
 
 class Reader:
