@@ -42,6 +42,14 @@ Grids = dict[str, tuple[Tensor, Tensor]]
 """Scale and zero point by the observer's key: one each, or one an output channel for a weight."""
 
 
+def changed_weights(module: nn.Module, sha256: str) -> list[str]:
+    """What of a quantization's promise is broken where weights are no longer those with this
+    checksum."""
+    if weights_sha256(module) == sha256:
+        return []
+    return ["weights changed after quantization, so its scales no longer fit them"]
+
+
 class Quantized(Edit):
     """An int8 network: static, uint8 activations, int8 weights with a scale an output channel.
 
@@ -99,9 +107,7 @@ class Quantized(Edit):
         return cls(scheme, grids, record["weights_sha256"], biases)
 
     def check(self, module: nn.Module) -> list[str]:
-        if weights_sha256(module) == self.weights_sha256:
-            return []
-        return ["weights changed after quantization, so its scales no longer fit them"]
+        return changed_weights(module, self.weights_sha256)
 
     def graph(
         self,

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from attar.errors import CheckpointError, UsageError
+from attar.quantize.edit import changed_weights
 from attar.quantize.graph import capture
 from attar.registry import near
-from attar.runtimes.aten import argument, constant, is_constant, operator
+from attar.runtimes.aten import argument, constant, forget_unused, is_constant, operator
 from attar.student import Edit
-from attar.student.fingerprint import weights_sha256
 
 READERS = {"linear": 1, "embedding": 0} | {
     f"{kind}{n}d": 1 for kind in ("conv", "conv_transpose") for n in (1, 2, 3)
@@ -84,9 +84,7 @@ class WeightEdit(Edit):
         return True
 
     def check(self, module: nn.Module) -> list[str]:
-        if weights_sha256(module) == self.weights_sha256:
-            return []
-        return ["weights changed after quantization, so its scales no longer fit them"]
+        return changed_weights(module, self.weights_sha256)
 
     def graph(
         self,
@@ -108,7 +106,7 @@ class WeightEdit(Edit):
         for held in list(held_weights(graph, module)):
             if held.path in self.weights:
                 self.store(graph, held)
-        _forget_unused(graph)
+        forget_unused(graph)
         return graph
 
     @abstractmethod
@@ -169,18 +167,6 @@ def put(graph: GraphModule, before: Node, name: str, value: Tensor) -> Node:
     mode = before.meta["val"].fake_mode
     node.meta["val"] = mode.from_tensor(value, static_shapes=True)
     return node
-
-
-def _forget_unused(graph: GraphModule) -> None:
-    """The float weights that the stored ones were made of: they would count as the graph's."""
-    graph.graph.eliminate_dead_code()
-    used = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}
-    for path, module in graph.named_modules():
-        held: dict[str, Any]
-        for held in (module._parameters, module._buffers):
-            for name in [n for n in held if f"{path}.{n}".lstrip(".") not in used]:
-                del held[name]
-    graph.recompile()
 
 
 def refuse_unknown_layers(module: nn.Module, float_layers: Collection[str]) -> None:

@@ -55,3 +55,16 @@ def stable_names(model: GraphModule) -> dict[Node, str]:
         count = seen[name] = seen.get(name, -1) + 1
         names[node] = f"{name}.{count}" if count else name
     return names
+
+
+def forget_unused(graph: GraphModule) -> None:
+    """Drops, in place, the constants that no node reads: they would count as the graph's, and be
+    exported too."""
+    graph.graph.eliminate_dead_code()
+    used = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}
+    for path, module in graph.named_modules():
+        held: dict[str, Any]
+        for held in (module._parameters, module._buffers):
+            for name in [n for n in held if f"{path}.{n}".lstrip(".") not in used]:
+                del held[name]
+    graph.recompile()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from attar.runtimes.aten import argument, constant, operator
+from attar.runtimes.aten import argument, constant, forget_unused, operator
 from attar.runtimes.integer_moves import PADDINGS, move_integers
 
 MIDDLE = 128
@@ -33,7 +33,7 @@ def for_xnnpack(graph: GraphModule) -> None:
     _join(graph)
     move_integers(graph, MOVES)
     _part(graph)
-    _forget_unused(graph)
+    forget_unused(graph)
 
 
 def _as_int8(node: Node) -> None:
@@ -81,14 +81,3 @@ def _part(graph: GraphModule) -> None:
         for user in list(node.users)[1:]:
             with graph.graph.inserting_before(user):
                 user.replace_input_with(node, graph.graph.node_copy(node))
-
-
-def _forget_unused(graph: GraphModule) -> None:
-    """The float weights that the quantized ones were made of: they would be exported too."""
-    used = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}
-    for path, module in graph.named_modules():
-        held: dict[str, Any]
-        for held in (module._parameters, module._buffers):
-            for name in [n for n in held if f"{path}.{n}".lstrip(".") not in used]:
-                del held[name]
-    graph.recompile()
