@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from attar.data import ArraySplit, DataConfig, load_data
+from attar.data.affine import Affine
 from attar.data.augment import Augmentation, Crop, mixed, transform
 from attar.data.config import Subset, Validation
 from attar.data.parts import Examples, Parts
@@ -282,6 +285,7 @@ AUGMENTS = [
     [{"random_crop": {"size": 8, "padding": 2}}, "random_horizontal_flip"],
     [{"color_jitter": {"brightness": 0.5}}],
     [{"random_resized_crop": {"size": 8}}, "random_horizontal_flip"],
+    [{"random_affine": {"degrees": 20, "translate": [0.2, 0.1], "interpolation": "bilinear"}}],
 ]
 
 
@@ -339,12 +343,53 @@ def test_only_passes_that_ask_for_it_are_augmented():
         ([{"random_crop": {"size": 12, "padding": 1}}], "12×12 from images of 8×8"),
         ([{"resize": {"size": 4}}], "must stay as they are"),
         (["mix_up"], "no transform"),
+        ([{"random_affine": {"degrees": 5, "interpolation": "cubik"}}], "refuses its arguments"),
         (["to_pil_image", "grayscale"], "augment"),
     ],
 )
 def test_augmentation_that_can_not_be_done_is_refused_at_once(augment, message):
     with pytest.raises(RecipeError, match=message):
         Augmentation(augment, (3, 8, 8))
+
+
+AFFINE = {"degrees": 20, "translate": [0.25, 0.15], "scale": [0.8, 1.2], "shear": [-9, 9, -5, 5]}
+
+
+def turned_one_by_one(images, drawn, mode):
+    """torchvision's own, image by image."""
+    return torch.stack(
+        [
+            v2.functional.affine(
+                image,
+                math.degrees(angle),
+                [int(x), int(y)],
+                scale,
+                [math.degrees(shear_x), math.degrees(shear_y)],
+                interpolation=v2.InterpolationMode(mode),
+                fill=None,
+            )
+            for image, (angle, x, y, scale, shear_x, shear_y) in zip(images, drawn, strict=True)
+        ]
+    )
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+def test_affine_changes_of_whole_batches_are_torchvisions(mode):
+    images = images_of(40)
+    made = transform({"random_affine": {**AFFINE, "interpolation": mode}})
+    assert isinstance(made, Affine)
+    drawn = made.draw(len(images), tuple(images.shape[1:]), torch.Generator().manual_seed(0))
+    assert drawn.abs().amax(0)[1:3].tolist() == [2, 1]
+    changed = made.apply(images, drawn)
+    wanted = turned_one_by_one(images, drawn.tolist(), mode)
+    assert changed.dtype == torch.uint8
+    assert (changed.int() - wanted.int()).abs().max() <= 1
+
+
+def test_what_an_affine_change_brings_in_from_outside_is_the_fill():
+    made = transform({"random_affine": {"degrees": 0, "translate": [0.5, 0.0], "fill": 9}})
+    moved = made.apply(torch.full((1, 1, 4, 4), 200), torch.tensor([[0.0, 2.0, 0.0, 1.0, 0, 0]]))
+    assert moved[0, 0].tolist() == [[9, 9, 200, 200]] * 4
 
 
 def test_seeds_from_different_parts_differ():

@@ -171,6 +171,8 @@ def transform(written: str | dict[str, Any]) -> Transform:
     """The transform that one entry of a recipe's `augment` names. Raises `RecipeError`."""
     from torchvision.transforms import v2
 
+    from attar.data.affine import Affine
+
     name, arguments = (written, None) if isinstance(written, str) else next(iter(written.items()))
     known = _known()
     if name not in known:
@@ -178,7 +180,7 @@ def transform(written: str | dict[str, Any]) -> Transform:
             f"augment: torchvision has no transform {name!r}{near(name, list(known))}"
         )
     try:
-        made = known[name](**(arguments or {}))
+        made = known[name](**_objects(arguments or {}))
     except (TypeError, ValueError) as error:
         raise RecipeError(f"augment: {name} refuses its arguments: {error}") from None
     if isinstance(made, v2.RandomHorizontalFlip | v2.RandomVerticalFlip):
@@ -186,7 +188,19 @@ def transform(written: str | dict[str, Any]) -> Transform:
     plain = isinstance(made, v2.RandomCrop) and not made.pad_if_needed
     if plain and isinstance(made.fill, int | float) and made.padding_mode in PAD_MODES:
         return Crop(made.size, made.padding or [0] * 4, made.fill, made.padding_mode)
+    if isinstance(made, v2.RandomAffine) and Affine.takes(made):
+        return Affine(made)
     return EachImage(made)
+
+
+def _objects(arguments: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's arguments with what torchvision wants an object for: `interpolation: bilinear`."""
+    from torchvision.transforms.v2 import InterpolationMode
+
+    named = arguments.get("interpolation")
+    if not isinstance(named, str):
+        return arguments
+    return {**arguments, "interpolation": InterpolationMode(named)}
 
 
 def mixed(*parts: object) -> int:
