@@ -12,8 +12,8 @@ from torch.func import functional_call
 
 from attar.data.base import Batch
 from attar.quantize.learned_steps import grown, on_learned_grid
-from attar.quantize.stand_in import StandIn
 from attar.training.objective import Objective
+from attar.training.stand_in import StandIn
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
