@@ -28,7 +28,6 @@ from attar.quantize.aware import QuantizationAware, quantize_aware
 from attar.quantize.graph import capture, folds, tensors_of
 from attar.quantize.learned_steps import grown, on_learned_grid
 from attar.quantize.on_grid import OnGrid, OnLearnedGrid, layer_weights
-from attar.quantize.stand_in import StandIn
 from attar.quantize.training_graph import TrainingGraph
 from attar.runtimes.onnxruntime import OnnxRuntime
 from attar.runtimes.parity import QUANTIZED, check_parity
@@ -39,6 +38,7 @@ from attar.tasks.image_classification import ImageClassification
 from attar.training.config import Optimizer, Training
 from attar.training.loop import make_optimizer, train
 from attar.training.objective import TaskObjective
+from attar.training.stand_in import StandIn
 from network_fixture import Encoder
 from run_fixture import stops_after
 

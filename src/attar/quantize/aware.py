@@ -14,12 +14,12 @@ from attar.errors import ExportError, UsageError
 from attar.quantize.edit import Quantized, Scheme
 from attar.quantize.on_grid import OnGrid
 from attar.quantize.post_training import shared_grids
-from attar.quantize.stand_in import StandIn
 from attar.quantize.training_graph import Examples, TrainingGraph
 from attar.registry import near
 from attar.student import Student
 from attar.student.fingerprint import weights_sha256
 from attar.training.objective import Objective
+from attar.training.stand_in import StandIn
 
 Steps = Literal["learned", "fixed"]
 Wrap = Callable[[Objective], Objective]

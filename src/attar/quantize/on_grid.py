@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from attar.data.base import Batch
 from attar.quantize.learned_steps import grown, on_learned_grid
-from attar.quantize.stand_in import StandIn
 from attar.training.objective import Objective
+from attar.training.reweighted import Reweighted
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
-class OnGrid(Objective):
+class OnGrid(Reweighted):
     """Another objective, asked of the network with its weights rounded to their integer grid.
 
     Each convolution's and linear layer's weight is rounded as the quantized graph will round it: to
@@ -41,35 +38,15 @@ class OnGrid(Objective):
         bits: int = 8,
         per_tensor: Collection[str] = (),
     ) -> None:
-        super().__init__()
-        self.inner = inner
+        super().__init__(inner)
         self._largest = min(127, 2 ** (bits - 1))
         self._per_tensor = frozenset(per_tensor)
-        self._stand_ins: list[StandIn] = []  # in a list, so that it is no part of this module
 
-    def start_epoch(self, epoch: int, epochs: int) -> None:
-        self.inner.start_epoch(epoch, epochs)
-
-    def undecayed(self) -> Iterable[nn.Parameter]:
-        return self.inner.undecayed()
-
-    def judged(self, model: nn.Module) -> StandIn:
-        return StandIn(model, model, self._computed)
-
-    def kept(self) -> dict[str, Tensor]:
-        return {f"inner.{name}": value for name, value in self.inner.kept().items()}
-
-    def forward(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        if not self._stand_ins or self._stand_ins[0].network is not model:
-            self._stand_ins = [StandIn(model, model, self._computed)]
-        return self.inner(self._stand_ins[0], batch)
+    def weights(self, network: nn.Module) -> dict[str, Tensor]:
+        return {path: self._rounded(path, w) for path, w in self._weights(network).items()}
 
     def _weights(self, network: nn.Module) -> dict[str, Tensor]:
         return layer_weights(network)
-
-    def _computed(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        weights = {path: self._rounded(path, w) for path, w in self._weights(network).items()}
-        return functional_call(network, weights, args, kwargs, tie_weights=False)
 
     def _rounded(self, path: str, weight: Tensor) -> Tensor:
         return rounded(weight, self._largest, per_tensor=path in self._per_tensor)
