@@ -26,7 +26,7 @@ from attar.prune import Masked
 from attar.quantize import Quantized, Scheme, quantize, quantize_weights, quantized_reference
 from attar.quantize.aware import QuantizationAware, quantize_aware
 from attar.quantize.graph import capture, folds, tensors_of
-from attar.quantize.learned_steps import grown, on_learned_grid
+from attar.training.learned_steps import grown, on_learned_grid
 from attar.quantize.on_grid import OnGrid, OnLearnedGrid, layer_weights
 from attar.quantize.training_graph import TrainingGraph
 from attar.runtimes.onnxruntime import OnnxRuntime

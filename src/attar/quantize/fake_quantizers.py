@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from attar.quantize.calibration import least_weight_scale
-from attar.quantize.learned_steps import grown, on_learned_grid
+from attar.training.learned_steps import grown, on_learned_grid
 from attar.quantize.observers import SMALLEST_SCALE, Grid, PerChannelWeight
 
 

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import Tensor, nn
 
-from attar.quantize.learned_steps import grown, on_learned_grid
+from attar.training.learned_steps import grown, on_learned_grid
 from attar.training.objective import Objective
 from attar.training.reweighted import Reweighted
 
