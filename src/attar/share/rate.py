@@ -1,0 +1,280 @@
+"""Training for accuracy and few bits at once: `L + rate · kilobytes`.
+
+The weights lie on a uniform grid, one a tensor, and cost what an entropy coder charges for them:
+`-log2` of how often their multiples of the step occur in the tensor. What is frequent is cheap and
+so becomes more frequent; zero, which most weights are near, becomes the cheapest, so that pruning,
+sharing and coding are one thing, which the loss decides weight by weight. (Entropy-penalised
+training: Oktay et al., ICLR 2020, arXiv 1906.06624, who learn a density of the weights where this
+fits a law of two numbers; entropy-constrained quantization: Choi et al., ICLR 2017.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from attar.data.base import Batch
+from attar.errors import AttarError, UsageError
+from attar.share.codebook import Codebook
+from attar.share.edit import Assignment, Shared
+from attar.share.weights import Sharing, _fits
+from attar.training.learned_steps import grown, on_learned_grid
+from attar.training.objective import Objective
+from attar.training.reweighted import Reweighted
+
+LARGEST = 127
+"""The grid's last point to either side, so that there are fewer than 256 values."""
+KILOBYTE = 8000
+"""In bits."""
+RAMP = 0.4
+"""The share of epochs over which the rate grows to what was asked for: a network that is at first
+far from its grid would otherwise lose weights that it turns out to need."""
+FIRST_RATE = 0.01
+"""The loss that all weights are worth at first, where their size is given."""
+INTEGRAL, PROPORTIONAL = 0.02, 2.0
+"""How much the rate's logarithm moves by an excess of the size's, in each step and at once."""
+GAUSSIAN = 0.5 * math.log2(2 * math.pi * math.e)
+"""Bits of a normal variable on a grid as coarse as its deviation."""
+
+
+class RateDistortion(Reweighted):
+    """Another objective, asked of the network with its weights on grids, plus what they cost.
+
+    network: the one that will be trained. rate: the loss that a kilobyte is worth; with more, the
+    file is smaller and the answers are worse. kilobytes: instead, what the weights shall cost; the
+    rate is then found while training. bits: what a weight costs at first, about. exclude:
+    parameters that stay as they are, by patterns of their paths; those of batch norms always do.
+    `share(network)` puts the trained weights on their grids for good.
+
+    Steps are learned with the weights, by the gradients of LSQ (Esser et al. 2020) for the answers
+    and those of the cost. Between two grid points the cost is interpolated, so that a weight feels
+    which of its neighbours is cheaper.
+
+    Example:
+        >>> objective = RateDistortion(TaskObjective(task), net, rate=0.01)  # doctest: +SKIP
+        >>> train(net, objective=objective, ...)  # doctest: +SKIP
+        >>> edit, done = objective.share(net)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        inner: Objective,
+        network: nn.Module,
+        *,
+        rate: float | None = None,
+        kilobytes: float | None = None,
+        bits: float = 4.0,
+        exclude: Iterable[str] = (),
+    ) -> None:
+        super().__init__(inner)
+        if (rate is None) == (kilobytes is None):
+            raise UsageError("give rate or kilobytes, one of them")
+        self._fixed = rate
+        self._ramp = 1.0
+        self._depth = 2 ** (bits - 1)
+        self._names = codable(network, exclude)
+        with torch.no_grad():
+            self.log_steps = nn.ParameterDict(
+                {
+                    _key(path): nn.Parameter(first_step(network.get_parameter(path), bits).log())
+                    for path in self._names
+                }
+            )
+            self.pressure = Pressure(kilobytes, float(self.bits(network)) / KILOBYTE)
+
+    def start_epoch(self, epoch: int, epochs: int) -> None:
+        super().start_epoch(epoch, epochs)
+        self._ramp = min(1.0, (epoch + 1) / max(1.0, RAMP * epochs))
+
+    def undecayed(self) -> Iterable[nn.Parameter]:
+        return [*self.log_steps.values(), *super().undecayed()]
+
+    def kept(self) -> dict[str, Tensor]:
+        own = {f"log_steps.{name}": value for name, value in self.log_steps.items()}
+        return {**super().kept(), **own}
+
+    def forward(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        terms = super().forward(model, batch)
+        kilobytes = self.bits(model) / KILOBYTE
+        if self._fixed is not None:
+            return {**terms, "rate": self._fixed * self._ramp * kilobytes}
+        return {**terms, "rate": self.pressure(float(kilobytes.detach()), self._ramp) * kilobytes}
+
+    def bits(self, network: nn.Module) -> Tensor:
+        """What an entropy coder charges for the network's weights as they are now, a scalar."""
+        costs = []
+        for path in self._names:
+            weight = network.get_parameter(path)
+            costs.append(charged(weight, self._step(path, weight.numel())))
+        return torch.stack(costs).sum()
+
+    def weights(self, network: nn.Module) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for path, names in self._names.items():
+            weight = network.get_parameter(path)
+            step = self._step(path, weight.numel())
+            rounded = on_learned_grid(weight, step, -LARGEST, LARGEST)
+            found |= dict.fromkeys(names, rounded)
+        return found
+
+    @torch.no_grad()
+    def share(self, network: nn.Module) -> tuple[Shared, dict[str, Sharing]]:
+        """Puts the network's weights on their grids in place; gives the edit that keeps them equal
+        and what was done, by path. Raises `AttarError` for weights that are NaN or infinite."""
+        assignments: dict[str, Assignment] = {}
+        done: dict[str, Sharing] = {}
+        for path in self._names:
+            weight = network.get_parameter(path)
+            _require_finite(weight, path)
+            step = self._step(path, weight.numel())
+            before = weight.double()
+            weight.copy_(on_learned_grid(weight, step, -LARGEST, LARGEST))
+            codebook = _as_it_is(weight, before)
+            assignments[path] = Assignment.of(codebook)
+            size = len(codebook.values)
+            done[path] = Sharing(size, assignments[path].bits, weight.numel(), codebook.distortion)
+        return Shared(assignments), done
+
+    def _step(self, path: str, values: int) -> Tensor:
+        """A tensor's step, in the eight leading bits that a file stores; learned straight through
+        that rounding."""
+        step = grown(self.log_steps[_key(path)], values, math.ceil(self._depth))
+        return step + (step.bfloat16().float() - step).detach()
+
+
+class Pressure(nn.Module):
+    """The rate that brings weights to a size, found while they are trained.
+
+    kilobytes: what they shall cost. first: what they cost at first. What is aimed at falls from the
+    one to the other as the ramp goes from 0 to 1; a cost above it raises the rate, step by step and
+    at once (a controller with an integral and a proportional part, on logarithms).
+    """
+
+    log_rate: Tensor
+
+    def __init__(self, kilobytes: float | None, first: float) -> None:
+        super().__init__()
+        self._first, self._last = first, first if kilobytes is None else kilobytes
+        self.register_buffer("log_rate", torch.tensor(math.log(FIRST_RATE / first)))
+
+    def forward(self, kilobytes: float, ramp: float) -> float:
+        aim = self._first * (self._last / self._first) ** ramp
+        excess = math.log(max(kilobytes, 1e-9) / aim)
+        self.log_rate += INTEGRAL * max(-1.0, min(1.0, excess))
+        return math.exp(float(self.log_rate) + PROPORTIONAL * excess)
+
+
+def codable(network: nn.Module, exclude: Iterable[str] = ()) -> dict[str, list[str]]:
+    """The parameters whose bits are counted, each with all of its names (tied ones have several):
+    all but those of batch norms, empty ones, and those that fit a pattern of `exclude`."""
+    norms = [path for path, layer in network.named_modules() if isinstance(layer, _BatchNorm)]
+    by_identity: dict[int, list[str]] = {}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        if parameter.numel() and name.rpartition(".")[0] not in norms:
+            by_identity.setdefault(id(parameter), []).append(name)
+    patterns = list(exclude)
+    return {
+        names[0]: names
+        for names in by_identity.values()
+        if not any(_fits(name, pattern) for name in names for pattern in patterns)
+    }
+
+
+def first_step(weight: Tensor, bits: float) -> Tensor:
+    """The step with which normal weights cost about `bits` each, (); small enough to tell any of
+    the weights apart from zero, large enough for all to be on the grid."""
+    alive = weight[weight != 0].double()
+    if not alive.numel():
+        return torch.tensor(2.0**-bits)
+    largest = alive.abs().max()
+    spread = alive.square().mean().sqrt()
+    step = spread * 2 ** (GAUSSIAN - bits)
+    return step.clamp(min=2 * largest / LARGEST, max=largest).float()
+
+
+def charged(weight: Tensor, step: Tensor) -> Tensor:
+    """The bits of weights rounded to multiples of `step`, a scalar.
+
+    weight: any shape. step: (). A multiple `k` is charged `-log2 p(k)` by what fits these weights
+    best of all laws with a probability of their own for zero and a geometric one for the rest:
+    `p(0) = 1 - q`, `p(k) = q/2 · (1 - r) · r^(|k| - 1)`. The gradient of a weight between two
+    multiples is the difference of their bits, over the step; the law is taken as it is. Where zero
+    isn't the most frequent yet, it is taken to be, so that it draws all the same.
+
+    Counting how often each multiple occurs would charge less, but it gives every multiple that
+    happens to be rare a wall around it, behind which weights are caught.
+
+    Example:
+        >>> weight = torch.tensor([0.1, -0.2, 1.2, 0.0], requires_grad=True)
+        >>> bits = charged(weight, torch.tensor(1.0))  # three zeros and a one
+        >>> bits.backward()  # all are drawn to zero, which is the cheapest
+    """
+    return _Charged.apply(weight, step)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Charged(torch.autograd.Function):
+    """Few passes over whole tensors, which are as large as the network."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, step: Tensor) -> Tensor:
+        v = weight.float() * (1 / step)
+        size = v.abs().round_().clamp_(max=LARGEST)
+        law = _Law(size.numel(), int(size.count_nonzero()), float(size.sum()))
+        ctx.law = law
+        ctx.save_for_backward(v, step)
+        ctx.dtype = weight.dtype
+        return step.new_tensor(law.bits)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        v, step = ctx.saved_tensors
+        slope = torch.where(v.abs() < 1, ctx.law.first, ctx.law.further).mul_(v.sign())
+        pulled = slope.mul_(grads[0] / step)
+        of_step = -(pulled * v).sum() if ctx.needs_input_grad[1] else None
+        return pulled.to(ctx.dtype), of_step
+
+
+class _Law:
+    """The bits of integers by the law of `charged`.
+
+    count: how many there are; nonzero: of them not zero; total: the sum of their sizes. bits: of
+    all together. first: what one costs more than zero, at least as much as
+    `further`: what each next one does.
+    A half more of each kind keeps rare ones from costing without bound.
+    """
+
+    def __init__(self, count: int, nonzero: int, total: float) -> None:
+        zero = math.log2((count + 1) / (count - nonzero + 0.5))
+        sign = 1 + math.log2((count + 1) / (nonzero + 0.5))
+        stop = math.log2((total + 1) / (nonzero + 0.5))
+        self.further = math.log2((total + 1) / (total - nonzero + 0.5))
+        first = sign + stop - zero
+        self.first = max(first, self.further)
+        self.bits = count * zero + nonzero * first + (total - nonzero) * self.further
+
+
+def _as_it_is(weight: Tensor, before: Tensor) -> Codebook:
+    """The codebook of a tensor that has few values already. before: what it was, float64."""
+    values, indices = weight.unique(return_inverse=True)
+    energy = before.square().sum()
+    error = (weight.double() - before).square().sum()
+    distortion = float(error / energy) if energy else 0.0
+    return Codebook(values, indices.to(torch.uint8), distortion)
+
+
+def _require_finite(weight: Tensor, path: str) -> None:
+    if not weight.isfinite().all():
+        raise AttarError(
+            f"{path} has NaN or infinite weights, so it can't be shared: train the network again "
+            "with a lower learning rate, or exclude this tensor"
+        )
+
+
+def _key(path: str) -> str:
+    """A path as a parameter's name, which may have no dots."""
+    return path.replace(".", "/")
