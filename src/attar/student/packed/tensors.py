@@ -25,6 +25,12 @@ class Stored(NamedTuple):
 
     form: str
     bits: float
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        """How many elements it has."""
+        return prod(self.shape)
 
 
 class _Shapes:
@@ -76,12 +82,12 @@ def write_tensors(writer: Writer, tensors: Sequence[Elements]) -> list[Stored]:
             writer.symbol("same", int(twin is not None), 2)
         if twin is not None:
             writer.number("same as", place - 1 - twin)
-            stored.append(Stored("same", writer.bits - before))
+            stored.append(Stored("same", writer.bits - before, elements.shape))
             continue
         writer.symbol("type", NAMES.index(elements.type), len(NAMES))
         shapes.write(writer, elements.shape)
         form = write_elements(writer, elements, context)
-        stored.append(Stored(form, writer.bits - before))
+        stored.append(Stored(form, writer.bits - before, elements.shape))
     return stored
 
 
