@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
+from attar import load
 from attar.cli import app
 from attar.errors import DataError
 from attar.screen import Screen, budget_line
@@ -65,7 +67,19 @@ def test_help_and_mistakes_wait_for_no_heavy_import() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["run", "check", "init", "list", "evaluate", "predict", "bench", "report", "sensitivity"],
+    [
+        "run",
+        "check",
+        "init",
+        "list",
+        "evaluate",
+        "predict",
+        "bench",
+        "report",
+        "sensitivity",
+        "pack",
+        "unpack",
+    ],
 )
 def test_every_command_teaches_by_example(command: str) -> None:
     result = attar(command, "--help")
@@ -255,6 +269,24 @@ def test_bench_replays_and_times(finished: Path) -> None:
     assert found["latency"]["p50_ms"] > 0
     people = attar("bench", finished, "--seconds", "0.1").stdout
     assert " ms" in people
+
+
+def test_a_packed_run_is_unpacked_into_a_students_folder(finished: Path, tmp_path: Path) -> None:
+    file, folder = tmp_path / "small.attar", tmp_path / "student"
+    found = json_of(attar("pack", finished, "--out", file, "--json"))
+    assert found["bytes"] == file.stat().st_size
+    ledger = json.loads((finished / "ledger.json").read_text())
+    assert found["bytes"] == ledger["rows"][-1]["packed_bytes"]
+    assert sum(t["bytes"] for t in found["tensors"]) < found["bytes"]
+    shown = attar("pack", finished, "--out", file)
+    assert f"{found['bytes']:,} bytes" in shown.output and "bits a weight" in shown.output
+
+    assert str(folder) in attar("unpack", file, "--out", folder).output
+    weights, again = load(finished).state_dict(), load(folder).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in weights.items())
+    refused = attar("unpack", file, "--out", folder)
+    assert (refused.exit_code, "is there already" in refused.stderr) == (2, True)
+    assert attar("unpack", tmp_path / "none.attar").exit_code == 2
 
 
 def test_evaluate_repeats_the_ledgers_figure(finished: Path) -> None:

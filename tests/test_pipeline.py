@@ -58,7 +58,11 @@ ROW = {
     "seconds": float,
 }
 EXPORTED = {**ROW, "drop": DROP, "validation_drop": DROP, "agreement": float, "memory_mb": float}
-COMPARED = {**EXPORTED, "parity": {"max_abs_diff": float, "agreement": float, "n": int}}
+COMPARED = {
+    **EXPORTED,
+    "packed_bytes": int,
+    "parity": {"max_abs_diff": float, "agreement": float, "n": int},
+}
 LEDGER = {
     "schema": int,
     "attar": str,

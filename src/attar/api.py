@@ -90,9 +90,10 @@ def compress(
 def load(run: str | Path, *, model: nn.Module | None = None, stage: str | None = None) -> nn.Module:
     """The compressed network of a run, as an ordinary `nn.Module`, in any process.
 
-    run: the run's folder. model: a fresh network of the same class, for a run that was given a
-    module of the person's own (`attar.compress`); it is changed in place. stage: an earlier stage's
-    student, such as `"01-distill"`. Raises `CheckpointError` or `UsageError`.
+    run: the run's folder, a student's folder, or a packed student's file (`attar pack`). model: a
+    fresh network of the same class, for a run that was given a module of the person's own
+    (`attar.compress`); it is changed in place. stage: an earlier stage's student, such as
+    `"01-distill"`. Raises `CheckpointError` or `UsageError`.
     """
     return load_student(run, model=model, stage=stage).module
 
@@ -105,9 +106,14 @@ def load_student(
     from attar.pipeline.job import rebuild
     from attar.stages.base import stages as known
     from attar.student import load_student as load_from
+    from attar.student.packed import load_packed
 
     known.names()
     folder = Path(run)
+    if folder.is_file():
+        if stage is not None:
+            raise UsageError(f"{run} holds one student: it has no stage {stage!r}")
+        return load_packed(folder, build=rebuild, module=model)
     if stage is not None:
         folder = folder / "stages" / stage
         if not folder.is_dir():

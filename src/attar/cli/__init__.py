@@ -3,6 +3,7 @@
 Nothing here imports PyTorch before a command needs it, so that help and mistakes answer at once.
 """
 
+import attar.cli.packing  # noqa: F401 - adds its commands
 from attar.cli.commands import app
 
 

@@ -26,6 +26,7 @@ from attar.pipeline.rows import (
     eager_entry,
     inputs_of,
     load_row,
+    packed_bytes,
     reference_outputs,
     session_arrays,
     store_facts,
@@ -183,7 +184,8 @@ class Ledger:
             )
             session = bundle.session(threads=_cores(), passes=deploy.graph)
             facts = counts(student, job.task.example(job.data))
-            if reference is not None:
+            if reference is not None:  # plain-int8's weights are the runtime's, not the student's
+                facts |= packed_bytes(student)
                 facts["parity"] = check_parity(
                     outputs,
                     _in_batches(session, inputs),

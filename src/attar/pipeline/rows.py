@@ -16,16 +16,20 @@ import numpy as np
 import torch
 
 from attar.data.base import Data, Split
+from attar.errors import CheckpointError
 from attar.measure.cost import macs, nonzero, parameters
 from attar.measure.intervals import Interval
 from attar.measure.latency import time_interleaved
 from attar.student import Student, save_student
+from attar.student.packed import packed_size
 from attar.tasks.base import Task
 from attar.tasks.intervals import metric_drop, metric_interval
 from attar.training.evaluation import outputs_of, session_outputs
 
 SPLITS = ("validation", "test")
 EVALUATION_BATCH = 64
+COUNTED = ("parameters", "nonzero", "macs", "packed_bytes")
+"""What is known of a row's student; the last is absent from results stored by older versions."""
 
 Answers = Callable[..., tuple[np.ndarray, ...]]
 """A session: arrays in, arrays out."""
@@ -78,6 +82,14 @@ def counts(student: Student, example: tuple[torch.Tensor, ...]) -> dict[str, Any
     }
 
 
+def packed_bytes(student: Student) -> dict[str, int]:
+    """The size of the student's packed file; nothing for one that can't be packed."""
+    try:
+        return {"packed_bytes": packed_size(student)}
+    except CheckpointError:
+        return {}
+
+
 def eager_entry(student: Student, data: Data, task: Task) -> Callable[[Path, Path], None]:
     """What makes the teacher's entry: its weights file, and its answers in eager PyTorch."""
 
@@ -94,6 +106,7 @@ def eager_entry(student: Student, data: Data, task: Task) -> Callable[[Path, Pat
         size = (folder / "student" / weights).stat().st_size
         facts = {
             **counts(student, task.example(data)),
+            **packed_bytes(student),
             "bytes": size,
             "files": [{"path": weights, "bytes": size}],
         }
@@ -192,7 +205,7 @@ def as_record(row: Row, teacher: Row, task: Task, path: str) -> dict[str, Any]:
         agreement = task.agreement(teacher.outputs("test"), row.outputs("test"))
         record["agreement"] = _round(float(np.mean(agreement)))
     facts = dict(row.facts)
-    record |= {k: facts.pop(k) for k in ("parameters", "nonzero", "macs") if k in facts}
+    record |= {k: facts.pop(k) for k in COUNTED if k in facts}
     record["bundle"] = {"path": path, "bytes": facts.pop("bytes"), "files": facts.pop("files")}
     return record | facts | row.timings
 

@@ -73,6 +73,12 @@ class Masked(Edit):
             raise CheckpointError(f"the record of masked weights is damaged: {error}") from None
         return cls(masks, kept)
 
+    @classmethod
+    def implied(cls, record: dict[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The masks that leave out just what is zero."""
+        masks = {path: weights[path] != 0 for path in record["shapes"] if path in weights}
+        return cls(masks).tensors()
+
     def before_step(self, module: nn.Module) -> None:
         for weight, mask in self._pairs(module):
             if weight.grad is not None:

@@ -141,6 +141,7 @@ def _ledger_row(row: dict[str, Any], run: RunRecord) -> dict[str, Any]:
         "nonzero": _fewer(row.get("nonzero"), row.get("parameters")),
         "macs": numbers.count(row.get("macs")),
         "size": numbers.size(size_of(row)),
+        "packed": numbers.size(row.get("packed_bytes")),
         "size_ratio": numbers.compared(size_of(teacher), size_of(row), "smaller", "larger"),
         "p50": _plain_ms(first.get("p50_ms")),
         "p90": _plain_ms(first.get("p90_ms")),

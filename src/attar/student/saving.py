@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,10 @@ def save_student(student: Student, folder: Path) -> None:
     are stored once each under every name, so that loading needs to know nothing of ties. Raises
     `StorageError` when the disk is full."""
     folder.mkdir(parents=True, exist_ok=True)
-    edits = [{"kind": e.kind, **e.to_json()} for e in student.edits]
     record = {
         "schema": SCHEMA,
         "spec": student.spec.model_dump(exclude_none=True) if student.spec else None,
-        "edits": edits,
+        "edits": [record_of(edit) for edit in student.edits],
     }
     tensors = {
         f"{i}/{name}": _own(tensor)
@@ -49,6 +48,11 @@ def save_student(student: Student, folder: Path) -> None:
         else:
             (folder / "edits.safetensors").unlink(missing_ok=True)
         write_whole(folder / "student.json", json.dumps(record, indent=1) + "\n")
+
+
+def record_of(edit: Edit) -> dict[str, Any]:
+    """An edit as JSON, with its kind."""
+    return {"kind": edit.kind, **edit.to_json()}
 
 
 def _own(tensor: Tensor) -> Tensor:
@@ -68,18 +72,43 @@ def load_student(
     person's, for a student without a spec; it is changed in place. Raises `CheckpointError`.
     """
     record = _record(folder)
-    spec = _spec(record["spec"], folder)
-    if module is None:
-        if spec is None:
-            raise CheckpointError(
-                f"{folder} was made from a module handed in from Python, so its code isn't known: "
-                "hand in a fresh one, attar.load(run, model=MyNetwork())"
-            )
-        module = build(spec)
+    spec = spec_from(record["spec"], folder / "student.json")
+    network = fresh_network(spec, folder, build, module)
     edits = _edits(record["edits"], _tensors(folder / "edits.safetensors", required=False))
+    return assembled(network, spec, edits, _tensors(folder / "weights.safetensors"), folder)
+
+
+def fresh_network(
+    spec: ModelSpec | None,
+    place: Path | str,
+    build: Callable[[ModelSpec], nn.Module],
+    module: nn.Module | None,
+) -> nn.Module:
+    """The network without its edits: the person's, or a spec's. place: what messages call it.
+
+    Raises `CheckpointError` where there is neither.
+    """
+    if module is not None:
+        return module
+    if spec is None:
+        raise CheckpointError(
+            f"{place} was made from a module handed in from Python, so its code isn't known: "
+            "hand in a fresh one, attar.load(run, model=MyNetwork())"
+        )
+    return build(spec)
+
+
+def assembled(
+    module: nn.Module,
+    spec: ModelSpec | None,
+    edits: list[Edit],
+    weights: Mapping[str, Tensor],
+    place: Path | str,
+) -> Student:
+    """The student of a fresh network: edits replayed, weights loaded, promises checked."""
     for edit in edits:
         edit.replay(module)
-    _load_weights(module, _tensors(folder / "weights.safetensors"), folder)
+    _load_weights(module, weights, place)
     student = Student(module.eval(), spec, edits)
     student.check()
     return student
@@ -104,12 +133,13 @@ def _record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _spec(record: Any, folder: Path) -> ModelSpec | None:
+def spec_from(record: Any, place: Path | str) -> ModelSpec | None:
+    """A spec's JSON as a spec. Raises `CheckpointError` for a damaged one."""
     try:
         return None if record is None else ModelSpec.model_validate(record)
     except ValidationError as error:
         wrong = ", ".join(".".join(map(str, e["loc"])) or e["msg"] for e in error.errors())
-        raise CheckpointError(f"{folder / 'student.json'}: the spec is damaged: {wrong}") from None
+        raise CheckpointError(f"{place}: the spec is damaged: {wrong}") from None
 
 
 def _tensors(path: Path, *, required: bool = True) -> dict[str, Tensor]:
@@ -131,11 +161,11 @@ def _edits(records: list[dict[str, Any]], tensors: dict[str, Tensor]) -> list[Ed
     return [edit_from(record, own(i)) for i, record in enumerate(records)]
 
 
-def _load_weights(module: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
+def _load_weights(module: nn.Module, weights: Mapping[str, Tensor], place: Path | str) -> None:
     try:
         load_weights(module, weights)
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()[1:4]]
         raise CheckpointError(
-            f"the weights in {folder} don't fit the network its spec builds: {' '.join(lines)}"
+            f"the weights in {place} don't fit the network its spec builds: {' '.join(lines)}"
         ) from None

@@ -1,0 +1,234 @@
+"""A packed student comes back bit for bit, from few bytes, and says what it can't read."""
+
+import json
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import attar
+from attar.errors import CheckpointError, StorageError, UsageError
+from attar.models import build, resolve
+from attar.student import Student
+from attar.student.packed import (
+    pack_student,
+    packed,
+    packed_size,
+    read_tensors,
+    save_packed,
+    unpack_student,
+)
+from test_student import NETS, WAYS, made, made_by, make_net, no_spec
+
+
+def equal_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    same = one.dtype == other.dtype and one.shape == other.shape
+    if not same or not one.numel():
+        return same
+    rows = [t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (one, other)]
+    return torch.equal(*rows)
+
+
+def assert_same(student: Student, back: Student) -> None:
+    weights, again = student.module.state_dict(), back.module.state_dict()
+    assert list(weights) == list(again)
+    assert all(equal_bits(weights[name], again[name]) for name in weights)
+    assert [e.kind for e in back.edits] == [e.kind for e in student.edits]
+    for edit, other in zip(student.edits, back.edits, strict=True):
+        assert json.loads(json.dumps(other.to_json())) == json.loads(json.dumps(edit.to_json()))
+        assert other.tensors().keys() == edit.tensors().keys()
+        for name, tensor in edit.tensors().items():
+            assert equal_bits(other.tensors()[name], tensor)
+
+
+class Holding(nn.Module):
+    """Any tensors, as buffers."""
+
+    def __init__(self, *tensors: torch.Tensor) -> None:
+        super().__init__()
+        for place, tensor in enumerate(tensors):
+            self.register_buffer(f"t{place}", tensor)
+
+    def empty(self) -> nn.Module:
+        return Holding(*(torch.zeros_like(t) for t in self.buffers()))
+
+
+def there_and_back(*tensors: torch.Tensor) -> bytes:
+    """Packs tensors, holds what comes back to them, and gives the bytes."""
+    net = Holding(*tensors)
+    data = pack_student(Student(net))
+    back = unpack_student(data, build=no_spec, module=net.empty())
+    assert_same(Student(net), back)
+    return data
+
+
+# --- there and back
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_student_comes_back(way):
+    student = made_by(way)
+    data = pack_student(student)
+    back = unpack_student(data, build=no_spec, module=NETS.get(way, make_net)())
+    assert_same(student, back)
+    assert not any(m.training for m in back.module.modules())
+    assert pack_student(back) == data
+    assert packed_size(student) == len(data)
+
+
+def test_a_named_network_is_built_again_with_its_whole_spec():
+    spec = resolve("cifar-resnet8", channels=1, classes=10)
+    student = Student(build(spec).eval(), spec)
+    back = unpack_student(pack_student(student), build=build)
+    assert back.spec == spec and spec.shapes_sha256
+    assert_same(student, back)
+
+
+TYPES = [
+    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn,
+    torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool, torch.complex64,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TYPES, ids=str)
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (1,), (7,), (5, 3, 2, 2), (300,)], ids=str)
+def test_tensors_of_any_type_and_shape_come_back(kind, shape):
+    torch.manual_seed(1)
+    values = (torch.randn(shape) * 3).to(kind)
+    there_and_back(values, torch.zeros(shape, dtype=kind), torch.ones(shape).to(kind))
+
+
+def test_every_bit_pattern_of_halves_comes_back():
+    halves = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.int16)
+    there_and_back(halves.view(torch.float16), halves.view(torch.bfloat16))
+
+
+@given(st.lists(st.integers(0, 2**32 - 1) | st.sampled_from([0, 1 << 31, 0x7FC00001, 0xFF800000])))
+@settings(max_examples=60, deadline=None)
+def test_any_floats_come_back(bits):
+    there_and_back(torch.from_numpy(np.array(bits, np.uint32).view(np.float32)))
+
+
+@given(
+    step=st.floats(2.0**-100, 2.0**60, width=32),
+    places=st.lists(st.integers(-3000, 3000), min_size=1, max_size=60),
+    minus=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_values_on_a_grid_come_back(step, places, minus):
+    values = np.array(places, np.float32) * np.float32(step)
+    if minus:
+        values[values == 0] = -0.0
+    there_and_back(torch.from_numpy(values))
+
+
+def test_the_same_student_gives_the_same_bytes():
+    assert pack_student(made(*WAYS["all"])) == pack_student(made(*WAYS["all"]))
+
+
+def test_tied_weights_are_stored_once():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(40, 40, bias=False), nn.Linear(40, 40, bias=False))
+    apart = packed_size(Student(net))
+    net[1].weight = net[0].weight
+    assert packed_size(Student(net)) < apart / 2 + 10
+    assert packed(Student(net)).tensors["1.weight"].form == "same"
+
+
+def test_arrays_are_read_without_a_network():
+    student = made(*WAYS["all"])
+    arrays = read_tensors(pack_student(student))
+    for name, tensor in student.module.state_dict().items():
+        assert np.array_equal(arrays[name], tensor.numpy()) and arrays[name].dtype == str(
+            tensor.dtype
+        ).removeprefix("torch.")
+    wide = read_tensors(pack_student(Student(Holding(torch.tensor([1.5, -2]).bfloat16()))))
+    assert wide["t0"].dtype == np.float32 and wide["t0"].tolist() == [1.5, -2]
+
+
+def test_an_edit_leaves_out_what_its_weights_say():
+    student = made_by("masked")
+    stored = packed(student).tensors
+    assert set(stored) == set(student.module.state_dict())
+
+
+# --- files
+
+
+def test_a_file_is_loaded(tmp_path):
+    spec = resolve("cifar-resnet8", channels=1, classes=10)
+    student = Student(build(spec).eval(), spec)
+    save_packed(student, tmp_path / "new" / "student.attar")
+    assert_same(student, attar.load_student(tmp_path / "new" / "student.attar"))
+    with pytest.raises(UsageError, match="no stage"):
+        attar.load(tmp_path / "new" / "student.attar", stage="01-distill")
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    path = tmp_path / "student.attar"
+    save_packed(made(), path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"^\S*student\.attar: the packed student is damaged"):
+        attar.load(path, model=make_net())
+
+
+def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch):
+    def full(path, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    with pytest.raises(StorageError, match="no room left to write"):
+        save_packed(made(), tmp_path / "student.attar")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- what is refused
+
+
+def test_a_module_from_python_must_be_handed_in_again():
+    with pytest.raises(CheckpointError, match=r"model=MyNetwork\(\)"):
+        unpack_student(pack_student(made()), build=no_spec)
+
+
+def test_another_network_is_refused():
+    with pytest.raises(CheckpointError, match="don't fit the network"):
+        unpack_student(pack_student(made()), build=no_spec, module=nn.Linear(3, 3))
+
+
+def test_something_else_is_refused():
+    for data in (b"", b"AT", b"PK\3\4something", bytes(100)):
+        with pytest.raises(CheckpointError, match="no packed student"):
+            read_tensors(data)
+
+
+def test_a_newer_version_is_refused():
+    data = bytearray(pack_student(made()))
+    data[3] = 2
+    with pytest.raises(CheckpointError, match="version 2; this Attar reads up to 1: upgrade attar"):
+        read_tensors(bytes(data))
+
+
+def test_tensors_beyond_the_limit_are_refused_before_they_are_made():
+    data = pack_student(Student(Holding(torch.zeros(1 << 13, 1 << 9))))
+    assert len(data) < 60
+    with pytest.raises(CheckpointError, match="over the limit of 1,000"):
+        read_tensors(data, limit=1000)
+    with pytest.raises(CheckpointError, match="belongs to another network"):
+        unpack_student(data, build=no_spec, module=Holding(torch.zeros(3)))
+
+
+def test_a_type_without_a_place_is_refused():
+    with pytest.raises(CheckpointError, match="t0 is of type complex128"):
+        pack_student(Student(Holding(torch.zeros(2, dtype=torch.complex128))))
+
+
+def test_a_header_that_unfolds_without_end_is_refused():
+    deflate = zlib.compressobj(9, zlib.DEFLATED, -15)
+    body = deflate.compress(bytes(1 << 25)) + deflate.flush()
+    data = b"ATR\x01" + zlib.crc32(body).to_bytes(4, "little") + body
+    with pytest.raises(CheckpointError, match="header has no end"):
+        read_tensors(data)
