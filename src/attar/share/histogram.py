@@ -78,7 +78,8 @@ def histogram(values: np.ndarray, weights: np.ndarray | None = None) -> Histogra
         mass = np.ones(centred.size) if masses is None else masses[part].astype(np.float64)
         for total, each in zip(sums, (mass, centred * mass, centred * centred * mass), strict=True):
             total[bins] += np.add.reduceat(each, starts)
-    return Histogram(ordered[edges[:-1]], ordered[edges[1:] - 1], *np.cumsum(sums, axis=1), centre)
+    weight, first, second = np.cumsum(sums, axis=1)
+    return Histogram(ordered[edges[:-1]], ordered[edges[1:] - 1], weight, first, second, centre)
 
 
 def _parts(edges: np.ndarray) -> Iterator[tuple[slice, slice, np.ndarray]]:
@@ -92,9 +93,7 @@ def _parts(edges: np.ndarray) -> Iterator[tuple[slice, slice, np.ndarray]]:
         yield slice(begin, end), slice(first, last + 1), starts
 
 
-def _sorted(
-    values: np.ndarray, weights: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray | None]:
+def _sorted(values: np.ndarray, weights: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
     """The numbers in order, and their weights. Processors sort plain numbers ten times faster than
     they rank them, so a float32 and its weight, rounded to one, are sorted as one integer."""
     if weights is None:

@@ -71,12 +71,13 @@ def squared_error(
     indices: np.ndarray,
     weights: np.ndarray | None = None,
 ) -> float:
-    """The (weighted) sum of squared differences between values (n,) and what stands for them."""
+    """The (weighted) sum of squared differences between values (n, …) and what stands for them,
+    float64 (k, …), by indices (n,). weights: of the values' shape."""
     total = 0.0
-    for begin in range(0, values.size, CHUNK):
+    for begin in range(0, len(values), CHUNK):
         part = slice(begin, begin + CHUNK)
         error = values[part] - codebook[indices[part]]
-        total += float(np.dot(error, error if weights is None else error * weights[part]))
+        total += float(np.vdot(error, error if weights is None else error * weights[part]))
     return total
 
 

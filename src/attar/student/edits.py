@@ -8,6 +8,8 @@ from the packages that make them (`prune`, `share`, `quantize`).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -58,6 +60,22 @@ class Edit(ABC):
         """What of the promise is broken, a sentence each; empty when it holds."""
         return []
 
+    def settled(self, module: nn.Module) -> Edit:
+        """The edit as it is best kept with these weights, asked just before a copy of the student
+        is packed. It may change weights in place where the deployed graph stays the same."""
+        return self
+
+    @classmethod
+    def implied(cls, record: dict[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those of `tensors` that follow from `to_json`'s record and the network's state dict. A
+        packed file leaves them out where they are the same bit for bit."""
+        return {}
+
+    def runs(self) -> dict[str, int]:
+        """By parameter path, the length of runs of weights, one after the other in the flattened
+        tensor, of which only a few different ones occur (a codebook of vectors)."""
+        return {}
+
     def graph(
         self,
         module: nn.Module,
@@ -75,14 +93,32 @@ class Edit(ABC):
 def edit_from(record: dict[str, Any], tensors: dict[str, Tensor]) -> Edit:
     """The edit of `record["kind"]`. Raises `CheckpointError` for a kind this version lacks, and for
     a damaged record."""
+    kind = _kind_of(record)
+    with _damage_said(kind):
+        return Edit.kinds[kind].from_json(record, tensors)
+
+
+def implied_tensors(record: dict[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `Edit.implied` says of the record's kind. Raises as `edit_from`."""
+    kind = _kind_of(record)
+    with _damage_said(kind):
+        return Edit.kinds[kind].implied(record, weights)
+
+
+def _kind_of(record: Any) -> str:
     kind = str(record.get("kind") if isinstance(record, dict) else None)
     if kind not in Edit.kinds:
         raise CheckpointError(
             f"the student has an edit of unknown kind {kind!r}{near(kind, list(Edit.kinds))}; "
             "it may come from a newer Attar"
         )
+    return kind
+
+
+@contextmanager
+def _damage_said(kind: str) -> Iterator[None]:
     try:
-        return Edit.kinds[kind].from_json(record, tensors)
+        yield
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"the student's record of kind {kind!r} is damaged: {type(error).__name__}: {error}"
