@@ -6,7 +6,9 @@ Works without a recipe: `share_weights(module, bits=4)` shares in place and retu
 
 from attar.share.codebook import Codebook, cluster
 from attar.share.edit import Assignment, Shared
+from attar.share.importance import fisher_importance
 from attar.share.kmeans import Clustering, kmeans
+from attar.share.vectors import Vectors, cluster_vectors
 from attar.share.weights import Sharing, share_weights, shareable
 
 __all__ = [
@@ -15,7 +17,10 @@ __all__ = [
     "Codebook",
     "Shared",
     "Sharing",
+    "Vectors",
     "cluster",
+    "cluster_vectors",
+    "fisher_importance",
     "kmeans",
     "share_weights",
     "shareable",

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from attar.errors import UsageError
 from attar.prune.criteria.base import Call, Calls, Criterion, no_loss
-from attar.training.evaluation import device_of
+from attar.training.gradients import loss_gradients, trainable_copy
 
 
 class ByGradient(Criterion):
@@ -36,7 +33,7 @@ class ByGradient(Criterion):
         first: dict[int, str] = {}
         every = module.named_parameters(remove_duplicate=False)
         self._names = {path: first.setdefault(id(p), path) for path, p in every}
-        network = _trainable(module)
+        network = trainable_copy(module)
         weights = {path: p for path, p in network.named_parameters() if p.requires_grad}
         seen = False
         for item in calls():
@@ -60,36 +57,10 @@ class ByGradient(Criterion):
     ) -> list[Tensor]:
         if call.loss is None:
             raise UsageError(no_loss(self))
-        with _random_state_kept(device_of(network)), torch.enable_grad():
-            loss = call.loss(network(*call.args, **call.kwargs))
-            self._check(loss)
-            return list(
-                torch.autograd.grad(loss.sum(), weights, allow_unused=True, materialize_grads=True)
-            )
-
-    def _check(self, loss: Tensor) -> None:
-        name = type(self).__name__
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise UsageError(f"{name} scores by the gradient of a loss, which must be one number")
-        if not loss.requires_grad:
-            raise UsageError(f"{name}: the loss doesn't depend on any weight by a gradient")
-        if not bool(torch.isfinite(loss)):
-            raise UsageError(
-                f"{name}: the loss of a batch is {float(loss.detach())}: nothing can be scored"
-            )
-
-
-def _trainable(module: nn.Module) -> nn.Module:
-    network = copy.deepcopy(module).eval()
-    for weight in network.parameters():
-        weight.requires_grad_(weight.is_floating_point())
-    return network
-
-
-def _random_state_kept(device: torch.device) -> AbstractContextManager[None]:
-    """The random state afterwards is what it was: some networks draw even in eval mode."""
-    on_cpu = device.type == "cpu"
-    return torch.random.fork_rng([] if on_cpu else [device], device_type=device.type)
+        loss = call.loss
+        return loss_gradients(
+            lambda: loss(network(*call.args, **call.kwargs)), weights, type(self).__name__
+        )
 
 
 class SquaredProducts(ByGradient):
