@@ -52,7 +52,7 @@ class DifferentiableKMeans(Reweighted):
         network: nn.Module,
         *,
         bits: int,
-        temperature: float = 0.01,
+        temperature: float = 0.1,
         rounds: int = 1,
         exclude: Iterable[str] = (),
     ) -> None:
@@ -142,7 +142,7 @@ def _attended(
         attention = torch.softmax(-((column - centroids).square() / scale), 1)
         attention = attention * counted.unsqueeze(1)
         mass = attention.sum(0)
-        attended = mass > 1e-6
+        attended = mass > 1e-20  # below, gradients of the mean would overflow
         means = (attention * column).sum(0) / mass.where(attended, 1)
         centroids = means.where(attended, centroids)
     attention = torch.softmax(-((column - centroids).square() / scale), 1)
@@ -153,7 +153,7 @@ def _nearest(weights: Tensor, centroids: Tensor) -> Tensor:
     """Each weight's nearest centroid; in memory of the weights' own size."""
     values = centroids.sort().values
     between = (values[1:] + values[:-1]) / 2
-    return values[torch.bucketize(weights, between)]
+    return values[torch.bucketize(weights.contiguous(), between)]
 
 
 def _under_each_name(network: nn.Module, made: dict[str, Tensor]) -> dict[str, Tensor]:

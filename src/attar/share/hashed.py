@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attar.errors import AttarError, UsageError
+from attar.errors import CheckpointError, UsageError
 from attar.share.weights import shareable
 from attar.student import Edit, Student
 from attar.student.edits import submodule
@@ -136,7 +136,7 @@ class Hashed(Edit):
             layer = submodule(module, path, "weights were hashed in")
             hashed = _hashed(layer, count, _key(self.seed, path))
             if hashed is None:
-                raise AttarError(
+                raise CheckpointError(
                     f"weights were hashed in {path}, which is a {type(layer).__name__}: only plain "
                     "linear layers and 2-d convolutions can be"
                 )
