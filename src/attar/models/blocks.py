@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 ImageSize = int | Sequence[int]
 """Pixels: one number for a square image, or (height, width)."""
@@ -43,3 +43,24 @@ def pooled_head(features: int, classes: int) -> OrderedDict[str, nn.Module]:
     return OrderedDict(
         pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), linear=nn.Linear(features, classes)
     )
+
+
+class Repeated(nn.Module):
+    """One module applied `times` times in a row, its weights counted and stored once.
+
+    Its output is the last application's. A criterion that wants an inner layer takes this module's
+    output; the layers inside run more than once, so which of their outputs is meant is open.
+    """
+
+    def __init__(self, block: nn.Module, times: int) -> None:
+        super().__init__()
+        self.block = block
+        self.times = times
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(self.times):
+            x = self.block(x)
+        return x
+
+    def extra_repr(self) -> str:
+        return f"times={self.times}"

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from attar.errors import CheckpointError
 from attar.runtimes.aten import (
@@ -58,7 +58,7 @@ def trace(
     module: nn.Module, example: tuple[Any, ...], dynamic_shapes: tuple[dict[int, Any], ...]
 ) -> GraphModule:
     """As `capture`, with the batch norms where they are: constants are named as the network names
-    its parameters and buffers."""
+    its parameters and buffers, and a weight that a layer computes from them, by its layer."""
     network = copy.deepcopy(module).cpu().eval()
     with quiet():
         program = exported(network, example, dynamic_shapes, type(module).__name__)
@@ -69,6 +69,7 @@ def trace(
     for node in list(graph.graph.nodes):
         if operator(node) in IDENTITIES:
             _replace(node, argument(node))
+    _compute_weights(graph)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
@@ -152,6 +153,47 @@ def _add_to_bias(graph: GraphModule, layer: Node, key: str, by: Tensor) -> None:
 
     number = _new_constant(graph, layer, f"{layer.name}_corrected_bias", bias)
     layer.args = (*layer.args[:2], number, *layer.args[3:])
+
+
+def _compute_weights(graph: GraphModule) -> None:
+    """Puts one constant where a layer's weight is computed from nothing but constants, none of
+    which has that weight's name (as where it is standardised: there is a grid for what it was)."""
+    for node in list(graph.graph.nodes):
+        name = f"{module_path(node)}.weight"
+        known = is_constant(argument(node, 1)) or name in graph.meta["originals"]
+        if operator(node) not in FOLDABLE or known:
+            continue
+        made = _computation(graph, argument(node, 1))
+        if made is not None:
+            weight = _new_constant(graph, node, name, made)
+            node.args = (argument(node), weight, *node.args[2:])
+
+
+def _computation(graph: GraphModule, last: Node) -> Made | None:
+    """How a value is computed from constants alone; `None` where it isn't."""
+    needed: set[Node] = set()
+    waiting = [last]
+    while waiting:
+        node = waiting.pop()
+        if node.op not in ("get_attr", "call_function"):
+            return None
+        if node not in needed:
+            needed.add(node)
+            waiting.extend(node.all_input_nodes)
+    steps, copied, read = Graph(), dict[Node, Node](), list[tuple[str, Tensor]]()
+    for node in graph.graph.nodes:
+        if node in needed and is_constant(node):
+            copied[node] = steps.placeholder(f"constant{len(read)}")
+            read.append((str(node.target), constant(graph, node)))
+        elif node in needed:
+            copied[node] = steps.node_copy(node, copied.__getitem__)
+    steps.output(copied[last])
+    compute = GraphModule({}, steps)
+
+    def made(tensors: Tensors) -> Tensor:
+        return _wide(compute(*(tensors.get(name, fixed) for name, fixed in read)))
+
+    return made
 
 
 def _replace(node: Node, by: Node) -> None:
