@@ -102,7 +102,9 @@ def vit_small(
     """
     size = height_width(image_size)
     if any(side % patch for side in size):
-        raise UsageError(f"vit-small: images of {size[0]}x{size[1]} don't divide into patch {patch}")
+        raise UsageError(
+            f"vit-small: images of {size[0]}x{size[1]} don't divide into patch {patch}"
+        )
     if width % heads:
         raise UsageError(f"vit-small: width {width} doesn't divide among {heads} heads")
     if blocks < 1:

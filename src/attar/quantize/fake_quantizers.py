@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from attar.quantize.calibration import least_weight_scale
-from attar.training.learned_steps import grown, on_learned_grid
 from attar.quantize.observers import SMALLEST_SCALE, Grid, PerChannelWeight
+from attar.training.learned_steps import grown, on_learned_grid
 
 
 class FakeQuantizer(nn.Module):

@@ -5,9 +5,13 @@ Works without a recipe: `share_weights(module, bits=4)` shares in place and retu
 """
 
 from attar.share.codebook import Codebook, cluster
+from attar.share.dkm import DifferentiableKMeans
 from attar.share.edit import Assignment, Shared
+from attar.share.hashed import Hashed, hash_student, hash_weights
 from attar.share.importance import fisher_importance
 from attar.share.kmeans import Clustering, kmeans
+from attar.share.norms import round_norms
+from attar.share.rate import RateDistortion, codable
 from attar.share.vectors import Vectors, cluster_vectors
 from attar.share.weights import Sharing, share_weights, shareable
 
@@ -15,13 +19,20 @@ __all__ = [
     "Assignment",
     "Clustering",
     "Codebook",
+    "DifferentiableKMeans",
+    "Hashed",
+    "RateDistortion",
     "Shared",
     "Sharing",
     "Vectors",
     "cluster",
     "cluster_vectors",
+    "codable",
     "fisher_importance",
+    "hash_student",
+    "hash_weights",
     "kmeans",
+    "round_norms",
     "share_weights",
     "shareable",
 ]

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from attar.data.base import Batch
-from attar.errors import AttarError, UsageError
-from attar.share.codebook import Codebook
+from attar.errors import UsageError
+from attar.share.codebook import Codebook, finite
 from attar.share.edit import Assignment, Shared
 from attar.share.weights import Sharing, _fits
 from attar.training.learned_steps import grown, on_learned_grid
@@ -36,8 +36,10 @@ RAMP = 0.4
 far from its grid would otherwise lose weights that it turns out to need."""
 FIRST_RATE = 0.01
 """The loss that all weights are worth at first, where their size is given."""
-INTEGRAL, PROPORTIONAL = 0.02, 2.0
-"""How much the rate's logarithm moves by an excess of the size's, in each step and at once."""
+INTEGRAL, PROPORTIONAL = 80.0, 2.0
+"""How far the rate's logarithm moves by an excess of the size's, over a training and at once."""
+FIRST_GAIN, LARGEST_GAIN = 0.02, 0.2
+"""How much of it in a step: of the first epoch, whose length isn't known, and at most."""
 GAUSSIAN = 0.5 * math.log2(2 * math.pi * math.e)
 """Bits of a normal variable on a grid as coarse as its deviation."""
 
@@ -89,6 +91,7 @@ class RateDistortion(Reweighted):
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
         super().start_epoch(epoch, epochs)
+        self.pressure.start_epoch(epoch, epochs)
         self._ramp = min(1.0, (epoch + 1) / max(1.0, RAMP * epochs))
 
     def undecayed(self) -> Iterable[nn.Parameter]:
@@ -130,9 +133,9 @@ class RateDistortion(Reweighted):
         done: dict[str, Sharing] = {}
         for path in self._names:
             weight = network.get_parameter(path)
-            _require_finite(weight, path)
+            finite(weight, path)
             step = self._step(path, weight.numel())
-            before = weight.double()
+            before = weight.clone()
             weight.copy_(on_learned_grid(weight, step, -LARGEST, LARGEST))
             codebook = _as_it_is(weight, before)
             assignments[path] = Assignment.of(codebook)
@@ -152,20 +155,32 @@ class Pressure(nn.Module):
 
     kilobytes: what they shall cost. first: what they cost at first. What is aimed at falls from the
     one to the other as the ramp goes from 0 to 1; a cost above it raises the rate, step by step and
-    at once (a controller with an integral and a proportional part, on logarithms).
+    at once (a controller with an integral and a proportional part, on logarithms). It may move as
+    far in a training of few steps as in one of many.
     """
 
     log_rate: Tensor
+    steps: Tensor
+    gain: Tensor
 
     def __init__(self, kilobytes: float | None, first: float) -> None:
         super().__init__()
         self._first, self._last = first, first if kilobytes is None else kilobytes
         self.register_buffer("log_rate", torch.tensor(math.log(FIRST_RATE / first)))
+        self.register_buffer("steps", torch.tensor(0))
+        self.register_buffer("gain", torch.tensor(FIRST_GAIN))
+
+    def start_epoch(self, epoch: int, epochs: int) -> None:
+        """Called before each epoch, counted from 0."""
+        if epoch:
+            steps = float(self.steps) / epoch * epochs
+            self.gain.fill_(min(LARGEST_GAIN, INTEGRAL / max(1.0, steps)))
 
     def forward(self, kilobytes: float, ramp: float) -> float:
         aim = self._first * (self._last / self._first) ** ramp
         excess = math.log(max(kilobytes, 1e-9) / aim)
-        self.log_rate += INTEGRAL * max(-1.0, min(1.0, excess))
+        self.log_rate += float(self.gain) * max(-1.0, min(1.0, excess))
+        self.steps += 1
         return math.exp(float(self.log_rate) + PROPORTIONAL * excess)
 
 
@@ -259,20 +274,14 @@ class _Law:
 
 
 def _as_it_is(weight: Tensor, before: Tensor) -> Codebook:
-    """The codebook of a tensor that has few values already. before: what it was, float64."""
+    """The codebook of a tensor that has few values already. before: what it was."""
     values, indices = weight.unique(return_inverse=True)
-    energy = before.square().sum()
-    error = (weight.double() - before).square().sum()
-    distortion = float(error / energy) if energy else 0.0
-    return Codebook(values, indices.to(torch.uint8), distortion)
-
-
-def _require_finite(weight: Tensor, path: str) -> None:
-    if not weight.isfinite().all():
-        raise AttarError(
-            f"{path} has NaN or infinite weights, so it can't be shared: train the network again "
-            "with a lower learning rate, or exclude this tensor"
-        )
+    zero = (values == 0).nonzero().flatten().tolist()
+    lost = (weight.double() - before.double()).square().sum()
+    energy = before.double().square().sum()
+    return Codebook(
+        values, indices.to(torch.uint8), float(lost / energy) if energy else 0.0, *zero[:1]
+    )
 
 
 def _key(path: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from attar.stages.base import Context, OnEpoch, Wrap
 from attar.stages.distill import Distill, Written
@@ -18,6 +18,8 @@ class Recovery(Training):
 
     criteria: list[Written] | None = None
     """What the teacher is asked, as of `distill`: features too. Default: its soft targets, `kd`."""
+    views: int | None = Field(None, ge=1)
+    """Ask the teacher once about so many augmentations of each example, as of `distill`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -27,7 +29,7 @@ class Recovery(Training):
     @property
     def files(self) -> list[Path]:
         """Files that its criteria are in."""
-        return [] if self.criteria is None else Distill.model_validate(self.model_dump()).files
+        return self._distill.files if self._asks else []
 
     def recovered(
         self,
@@ -38,11 +40,20 @@ class Recovery(Training):
         wrap: Wrap | None = None,
     ) -> Student:
         """The student, trained. label, on_epoch, wrap: as of `Context.train`."""
-        if self.criteria is None:
+        if not self._asks or run.teacher is None:
             return run.train(student, self, label=label, on_epoch=on_epoch, wrap=wrap)
-        stage = Distill.model_validate(self.model_dump())
+        stage = self._distill
         stage._label, stage._on_epoch, stage._wrap = label, on_epoch, wrap
         return stage.apply(student, run)
+
+    @property
+    def _asks(self) -> bool:
+        """Whether it says how the teacher is asked."""
+        return self.criteria is not None or self.views is not None
+
+    @property
+    def _distill(self) -> Distill:
+        return Distill.model_validate(self.model_dump(exclude_none=True))
 
     def of(self, epochs: int) -> Recovery:
         """The same for another number of epochs."""

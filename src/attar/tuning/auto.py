@@ -73,11 +73,8 @@ def search(
             f"{setting}: auto looks for the strongest that keeps the budget, and there is none: "
             "set budget.max_drop (for instance 1%), or give a number"
         )
-    if run.baseline is not None:
-        baseline = run.baseline
-    elif run.teacher is not None:
-        baseline = run.evaluate(run.teacher)
-    else:
+    baseline = baseline_of(run)
+    if baseline is None:
         raise UsageError(f"{setting}: auto needs a teacher to count the drop from")
     sign = 1 if run.task.metric.higher_is_better else -1
     return strongest(
@@ -89,3 +86,10 @@ def search(
         baseline=baseline,
         higher_is_better=sign == 1,
     )
+
+
+def baseline_of(run: Context) -> float | None:
+    """The validation metric that drops are counted from: the teacher's; `None` without one."""
+    if run.baseline is not None:
+        return run.baseline
+    return None if run.teacher is None else run.evaluate(run.teacher)

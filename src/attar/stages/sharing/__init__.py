@@ -1,0 +1,1 @@
+"""How the share stage does what a recipe says, a file a method."""
