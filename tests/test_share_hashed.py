@@ -152,10 +152,8 @@ def test_a_student_is_trained_and_promises_hold(network, digits, tmp_path: Path)
 
 
 def exported(student: Student, images: Tensor, folder: Path) -> tuple[Tensor, onnx.ModelProto]:
-    OnnxRuntime().export(
-        student, folder, example=(images[:2],), dynamic_shapes=SHAPES, names=NAMES
-    )
-    (answer,) = OnnxRuntime().session(folder).run((images.numpy(),))
+    OnnxRuntime().export(student, folder, example=(images[:2],), dynamic_shapes=SHAPES, names=NAMES)
+    (answer,) = OnnxRuntime().session(folder)(images.numpy())
     return torch.from_numpy(answer), onnx.load(folder / "model.onnx")
 
 
@@ -333,9 +331,8 @@ def test_channels_of_hashed_layers_stay(images):
         nn.Flatten(), nn.Linear(128, 10),
     ).eval()  # fmt: skip
     student, _ = hash_student(Student(network), {"2": 100})
-    pruned = prune_channels(
-        student, criterion=criteria.get("magnitude")(), ratio=0.5, example=(images[:2],)
+    pruned, _ = prune_channels(
+        student, (images[:2],), criterion=criteria.get("magnitude")(), ratio=0.5
     )
-    pruned = getattr(pruned, "student", pruned)
     assert pruned.module.get_submodule("2").shape == (8, 8, 3, 3)
     pruned.check()
