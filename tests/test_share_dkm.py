@@ -54,7 +54,8 @@ def accuracy(network: nn.Module, digits) -> float:
 
 def by_hand(weights: Tensor, centroids: Tensor, temperature: float, rounds: int) -> Tensor:
     """The paper's equations, one weight and one centroid at a time."""
-    scale = temperature * sum(float(w.detach()) ** 2 for w in weights) / len(weights)
+    squared = sum(float(w.detach()) ** 2 for w in weights) / len(weights)
+    scale = temperature * squared / len(centroids)
 
     def attention(w: Tensor) -> list[Tensor]:
         near = [torch.exp(-((w - c) ** 2) / scale) for c in centroids]

@@ -21,14 +21,15 @@ class DifferentiableKMeans(Reweighted):
     et al., ICLR 2022, section 3.2).
 
     Every weight w attends to its tensor's k = 2**bits centroids c by distance,
-    `a_j = softmax_j(-(w - c_j)² / (temperature · s²))`; every centroid becomes the mean of the
+    `a_j = softmax_j(-(w - c_j)² / (temperature · s² / k))`; every centroid becomes the mean of the
     weights that attend to it, `c_j = Σ a_j w / Σ a_j`; after `rounds` of this the network computes
     with `Σ_j a_j c_j`. Gradients go through all of it, so a weight that hurts where it is moves
     towards another centroid, and may change sides; with a clustering that is fixed it can't.
 
     As in the paper, centroids begin with k-means and each step goes on from where the last one left
     them, so a round or two a step settle them. Unlike there, distances are squared and relative to
-    s², the tensor's mean squared weight, so that one temperature suits layers of any scale;
+    s² / k, where s² is the tensor's mean squared weight, so that one temperature suits layers of
+    any scale and codebooks of any size (where it is too warm for k, centroids fall together);
     clusters are of single weights; the temperature falls from epoch to epoch, so that weights can
     change sides at first and lie at their centroids at last; and attention is computed again in the
     backward pass instead of being kept: beyond the network's own, the memory is that of one
@@ -56,7 +57,7 @@ class DifferentiableKMeans(Reweighted):
         network: nn.Module,
         *,
         bits: int,
-        temperature: float = 0.3,
+        temperature: float = 0.6,
         cooling: float = 30.0,
         rounds: int = 1,
         exclude: Iterable[str] = (),
@@ -146,7 +147,8 @@ def _attended(
     A centroid that nobody attends to stays where it is.
     """
     counted = torch.ones_like(weights) if alive is None else alive.flatten().to(weights.dtype)
-    scale = temperature * weights.detach().square().sum() / counted.sum().clamp_min(1)
+    squared = weights.detach().square().sum() / counted.sum().clamp_min(1)
+    scale = temperature * squared / len(centroids)
     scale = scale.clamp_min(torch.finfo(weights.dtype).tiny)
     column = weights.unsqueeze(1)
     for _ in range(rounds):
