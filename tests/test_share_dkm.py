@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from attar.distill.capture import Capture
+from attar.distill.recovery import recovery_objective
 from attar.errors import AttarError, UsageError
 from attar.prune import criteria, prune_weights
 from attar.share import share_weights
@@ -53,7 +54,8 @@ def accuracy(network: nn.Module, digits) -> float:
 
 def by_hand(weights: Tensor, centroids: Tensor, temperature: float, rounds: int) -> Tensor:
     """The paper's equations, one weight and one centroid at a time."""
-    scale = temperature * sum(float(w.detach()) ** 2 for w in weights) / len(weights)
+    squared = sum(float(w.detach()) ** 2 for w in weights) / len(weights)
+    scale = temperature * squared / len(centroids)
 
     def attention(w: Tensor) -> list[Tensor]:
         near = [torch.exp(-((w - c) ** 2) / scale) for c in centroids]
@@ -181,6 +183,15 @@ def test_it_trains_in_half_precision(network, digits):
     assert edit.check(network) == []
 
 
+def test_it_distils_and_tells_each_terms_gradient(network, digits):
+    inner = recovery_objective(TASK, copy.deepcopy(network).eval(), Training())
+    objective = DifferentiableKMeans(inner, network, bits=2)
+    history = trained(network, objective, digits)
+    norms = history[-1]["gradients"]
+    assert set(norms) == {"task", "kd"}
+    assert all(norm > 0 for norm in norms.values())
+
+
 def test_excluded_weights_and_biases_learn_as_they_are(network, digits):
     last = [n for n, _ in network.named_parameters()][-1].rpartition(".")[0]
     objective = clustered(network, exclude=[last])
@@ -233,6 +244,22 @@ def test_degenerate_weights_give_numbers(weight):
     assert edit.check(layer) == []
 
 
+def test_the_softness_ends_where_validation_judges():
+    layer = nn.Linear(30, 30)
+    objective = clustered(layer).eval()  # its centroids rest
+    gaps = []
+    for epoch in range(3):
+        objective.start_epoch(epoch, 3)
+        soft, hard = (
+            made(layer)["weight"] for made in (objective.weights, objective.judged_weights)
+        )
+        gaps.append(float((soft - hard).detach().square().mean()))
+    assert gaps[0] > gaps[1] > gaps[2]
+    objective.start_epoch(0, 1)
+    (only,) = objective.weights(layer).values()
+    assert torch.equal(only, soft)
+
+
 def test_a_centroid_nobody_attends_to_stays():
     weights = torch.tensor([1.0, 1.1], requires_grad=True)
     soft, moved = _attended(weights, torch.tensor([-500.0, 1.0]), None, 0.01, 2)
@@ -256,6 +283,7 @@ def test_every_weight_goes_to_a_nearest_centroid(values, count):
         ({"bits": 9}, "bits is 9"),
         ({"temperature": 0}, "temperature is 0"),
         ({"temperature": float("nan")}, "temperature is nan"),
+        ({"cooling": 0.5}, "cooling is 0.5"),
         ({"rounds": 0}, "rounds is 0"),
         ({"exclude": ["absent"]}, "'absent' fits no weight"),
     ],

@@ -1,4 +1,4 @@
-"""Hashed layers: the hash, their gradients, and that they are saved, deployed and refused rightly."""
+"""Hashed layers: the hash, their gradients, and how they are saved, deployed and refused."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from attar.errors import CheckpointError, ConstraintBroken, UsageError
 from attar.prune import criteria, prune_channels, prune_weights
 from attar.quantize import Scheme, quantize, quantize_weights, quantized_reference
+from attar.quantize.aware import quantize_aware
 from attar.quantize.graph import capture, folds, tensors_of
 from attar.runtimes.onnxruntime import OnnxRuntime
 from attar.share import share_weights
@@ -152,10 +153,8 @@ def test_a_student_is_trained_and_promises_hold(network, digits, tmp_path: Path)
 
 
 def exported(student: Student, images: Tensor, folder: Path) -> tuple[Tensor, onnx.ModelProto]:
-    OnnxRuntime().export(
-        student, folder, example=(images[:2],), dynamic_shapes=SHAPES, names=NAMES
-    )
-    (answer,) = OnnxRuntime().session(folder).run((images.numpy(),))
+    OnnxRuntime().export(student, folder, example=(images[:2],), dynamic_shapes=SHAPES, names=NAMES)
+    (answer,) = OnnxRuntime().session(folder)(images.numpy())
     return torch.from_numpy(answer), onnx.load(folder / "model.onnx")
 
 
@@ -196,6 +195,29 @@ def test_the_quantized_graph_follows_the_values(images):
     torch.testing.assert_close(weight.float(), network[0].weight * factor)
     weight.sum().backward()
     assert tensors["0.buckets"].grad.abs().sum() > 0
+
+
+def test_quantization_aware_training_moves_the_values(images, digits, tmp_path: Path):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)).eval()
+    student, _ = hash_student(Student(network), 1 / 4, start="drawn")
+    before = copy.deepcopy(network.state_dict())
+    run = Context(task=TASK, data=digits, teacher=None, seed=1, work=tmp_path)
+    training = Training.model_validate(
+        {"epochs": 2, "batch_size": 50, "optimizer": {"lr": 0.01}, "precision": "float32"}
+    )
+    small = quantize_aware(
+        student, Scheme(weight_bits=7, observer="minmax"),
+        lambda wrap: run.train(student, training, wrap=wrap), lambda: [(images,)],
+        example=(images[:2],), dynamic_shapes=SHAPES,
+    )  # fmt: skip
+    after = small.module.state_dict()
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    answer, _ = exported(small, images, tmp_path)
+    reference = quantized_reference(small.edits, small.module, (images[:2],), SHAPES)
+    with torch.no_grad():
+        torch.testing.assert_close(answer, reference(images), rtol=0, atol=0.05)
+    small.check()
 
 
 def test_computed_weights_of_other_networks_are_quantized_too(images, tmp_path: Path):
@@ -333,9 +355,8 @@ def test_channels_of_hashed_layers_stay(images):
         nn.Flatten(), nn.Linear(128, 10),
     ).eval()  # fmt: skip
     student, _ = hash_student(Student(network), {"2": 100})
-    pruned = prune_channels(
-        student, criterion=criteria.get("magnitude")(), ratio=0.5, example=(images[:2],)
+    pruned, _ = prune_channels(
+        student, (images[:2],), criterion=criteria.get("magnitude")(), ratio=0.5
     )
-    pruned = getattr(pruned, "student", pruned)
     assert pruned.module.get_submodule("2").shape == (8, 8, 3, 3)
     pruned.check()

@@ -86,8 +86,7 @@ class CifarResNet(nn.Module):
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(layer.weight)
 
-    @staticmethod
-    def _group(blocks: int, before: int, after: int, stride: int) -> nn.Sequential:
+    def _group(self, blocks: int, before: int, after: int, stride: int) -> nn.Sequential:
         first = Block(before, after, stride)
         return nn.Sequential(first, *(Block(after, after, 1) for _ in range(blocks - 1)))
 

@@ -21,24 +21,29 @@ class DifferentiableKMeans(Reweighted):
     et al., ICLR 2022, section 3.2).
 
     Every weight w attends to its tensor's k = 2**bits centroids c by distance,
-    `a_j = softmax_j(-(w - c_j)² / (temperature · s²))`; every centroid becomes the mean of the
+    `a_j = softmax_j(-(w - c_j)² / (temperature · s² / k))`; every centroid becomes the mean of the
     weights that attend to it, `c_j = Σ a_j w / Σ a_j`; after `rounds` of this the network computes
     with `Σ_j a_j c_j`. Gradients go through all of it, so a weight that hurts where it is moves
     towards another centroid, and may change sides; with a clustering that is fixed it can't.
 
     As in the paper, centroids begin with k-means and each step goes on from where the last one left
     them, so a round or two a step settle them. Unlike there, distances are squared and relative to
-    s², the tensor's mean squared weight, so that one temperature suits layers of any scale;
-    clusters are of single weights; and attention is computed again in the backward pass instead of
-    being kept: beyond the network's own, the memory is that of one tensor's weights × k × rounds.
+    s² / k, where s² is the tensor's mean squared weight, so that one temperature suits layers of
+    any scale and codebooks of any size (where it is too warm for k, centroids fall together);
+    clusters are of single weights; the temperature falls from epoch to epoch, so that weights can
+    change sides at first and lie at their centroids at last; and attention is computed again in the
+    backward pass instead of being kept: beyond the network's own, the memory is that of one
+    tensor's weights × k × rounds.
 
     Validation judges the network with every weight at its nearest centroid, which is what `share`
     makes of it in the end. Weights that are zero when training begins, in tensors that have such,
     are taken for pruned: they stay zero, which is then one of the 2**bits values.
 
-    network: the one that will be trained. bits: 1 to 8. exclude: layers or weights to leave alone,
-    as for `share_weights`. Raises `UsageError` for settings out of range or a pattern that fits
-    nothing, `AttarError` for weights that are NaN or infinite.
+    network: the one that will be trained. bits: 1 to 8. temperature: in the first epoch. cooling:
+    how many times colder the last epoch is; 1 keeps the temperature, as the paper does. rounds: of
+    k-means in each step. exclude: layers or weights to leave alone, as for `share_weights`. Raises
+    `UsageError` for settings out of range or a pattern that fits nothing, `AttarError` for weights
+    that are NaN or infinite.
 
     Example:
         >>> objective = DifferentiableKMeans(TaskObjective(task), net, bits=2)  # doctest: +SKIP
@@ -52,13 +57,15 @@ class DifferentiableKMeans(Reweighted):
         network: nn.Module,
         *,
         bits: int,
-        temperature: float = 0.1,
+        temperature: float = 0.6,
+        cooling: float = 30.0,
         rounds: int = 1,
         exclude: Iterable[str] = (),
     ) -> None:
         super().__init__(inner)
-        _check(bits, temperature, rounds)
-        self._temperature, self._rounds = temperature, rounds
+        _check(bits, temperature, cooling, rounds)
+        self._warmest, self._cooling, self._rounds = temperature, cooling, rounds
+        self._temperature = temperature
         self._paths = shareable(network, exclude)
         self._pruned: set[str] = set()
         for path in self._paths:
@@ -68,6 +75,11 @@ class DifferentiableKMeans(Reweighted):
                 self._pruned.add(path)
             alive = values[values != 0]
             self.register_buffer(_name(path), alive if len(alive) else values)
+
+    def start_epoch(self, epoch: int, epochs: int) -> None:
+        super().start_epoch(epoch, epochs)
+        done = epoch / (epochs - 1) if epochs > 1 else 1.0
+        self._temperature = self._warmest / self._cooling**done
 
     def centroids(self, path: str) -> Tensor:
         """The centroids of one tensor as they are now, float32 (k,), without the pruned zero."""
@@ -135,7 +147,8 @@ def _attended(
     A centroid that nobody attends to stays where it is.
     """
     counted = torch.ones_like(weights) if alive is None else alive.flatten().to(weights.dtype)
-    scale = temperature * weights.detach().square().sum() / counted.sum().clamp_min(1)
+    squared = weights.detach().square().sum() / counted.sum().clamp_min(1)
+    scale = temperature * squared / len(centroids)
     scale = scale.clamp_min(torch.finfo(weights.dtype).tiny)
     column = weights.unsqueeze(1)
     for _ in range(rounds):
@@ -163,12 +176,14 @@ def _under_each_name(network: nn.Module, made: dict[str, Tensor]) -> dict[str, T
     return {name: by_parameter[id(p)] for name, p in named if id(p) in by_parameter}
 
 
-def _check(bits: int, temperature: float, rounds: int) -> None:
+def _check(bits: int, temperature: float, cooling: float, rounds: int) -> None:
     """Raises `UsageError` for settings out of range."""
     if not 1 <= bits <= 8:
         raise UsageError(f"bits is {bits}: a codebook's indices take 1 to 8")
     if not temperature > 0:
         raise UsageError(f"temperature is {temperature:g}: attention needs one above 0")
+    if not cooling >= 1:
+        raise UsageError(f"cooling is {cooling:g}: training can't end warmer than it begins")
     if rounds < 1:
         raise UsageError(f"rounds is {rounds}: each step needs at least one")
 

@@ -30,13 +30,11 @@ class HashedLayer(nn.Module):
     gradient is the signed sum over its weights. `weight` is computed anew whenever it is read.
     """
 
-    def __init__(
-        self, shape: Iterable[int], buckets: int, key: int, bias: nn.Parameter | None
-    ) -> None:
+    def __init__(self, shape: Iterable[int], buckets: int, key: int, bias: Tensor | None) -> None:
         super().__init__()
         self.shape, self.key = tuple(shape), key
         self.buckets = nn.Parameter(torch.zeros(buckets))
-        self.bias = bias
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), bias.requires_grad)
         places = hashed_places(int(np.prod(self.shape)), buckets, key)
         self.register_buffer("places", torch.from_numpy(places), persistent=False)
 
@@ -92,18 +90,18 @@ class HashedConv2d(HashedLayer):
     def __init__(self, like: nn.Conv2d, buckets: int, key: int) -> None:
         super().__init__(like.weight.shape, buckets, key, like.bias)
         self.in_channels, self.out_channels = like.in_channels, like.out_channels
-        self.kernel_size, self.stride, self.padding = like.kernel_size, like.stride, like.padding
-        self.dilation, self.groups = like.dilation, like.groups
+        self.kernel_size = (like.weight.shape[2], like.weight.shape[3])
+        self.geometry: dict[str, Any] = {
+            name: getattr(like, name) for name in ("stride", "padding", "dilation", "groups")
+        }
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(
-            x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
-        )
+        return F.conv2d(x, self.weight, self.bias, **self.geometry)
 
     def _dense(self) -> nn.Conv2d:
         return nn.Conv2d(
-            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding,
-            self.dilation, self.groups, self.bias is not None, device="meta",
+            self.in_channels, self.out_channels, self.kernel_size,
+            bias=self.bias is not None, device="meta", **self.geometry,
         )  # fmt: skip
 
 
@@ -189,8 +187,8 @@ def hash_weights(
     """Turns the linear layers and 2-d convolutions of `module`, in place, into hashed ones.
 
     The network is to be trained afterwards: which weights are one is left to chance, not to what
-    they were. Layers whose weight is another layer's too, whose class is one of their own (such as
-    attention's), or that don't pad with zeros are left alone.
+    they were. Layers whose weight or bias is another layer's too, whose class is one of their own
+    (such as attention's), or that don't pad with zeros are left alone.
 
     ratio: values for each weight of a layer, above 0 and below 1, at least one a layer; or how many
     values for each layer, by path, others being left alone. exclude: patterns of paths, as for
@@ -209,7 +207,7 @@ def hash_weights(
         raise UsageError(f"start is {start!r}: a bucket begins at the mean, or drawn")
     counts = _counts(module, ratio, exclude)
     edit = Hashed(counts, seed)
-    weights = {path: module.get_submodule(path).weight.detach() for path in counts}
+    weights = {path: module.get_parameter(f"{path}.weight").detach() for path in counts}
     edit.replay(module)
     for path, weight in weights.items():
         layer = module.get_submodule(path)
@@ -236,8 +234,8 @@ def hash_student(
     for edit in student.edits:
         if broken := edit.check(trial):
             raise UsageError(
-                f"weights can't be hashed after the edit {edit.kind!r}: {broken[0]}; hash first, or "
-                "exclude that layer"
+                f"weights can't be hashed after the edit {edit.kind!r}: {broken[0]}; hash first, "
+                "or exclude that layer"
             )
     edit, done = hash_weights(student.module, ratio, seed=seed, exclude=exclude, start=start)
     return student.edited(edit), done
@@ -319,7 +317,8 @@ def _hashable(module: nn.Module) -> Iterator[str]:
     for path, layer in module.named_modules():
         kind = type(layer)
         plain = kind is nn.Linear or (kind is nn.Conv2d and layer.padding_mode == "zeros")
-        if path and plain and len(owners.get(id(layer.weight), ())) == 1:
+        own = all(len(owners[id(p)]) == 1 for p in layer.parameters(recurse=False))
+        if path and plain and own:
             yield path
 
 
@@ -331,6 +330,7 @@ def _hashed(layer: nn.Module, count: int, key: int) -> HashedLayer | None:
         made = HashedConv2d(layer, count, key)
     else:
         return None
+    made.buckets.requires_grad_(layer.weight.requires_grad)
     return made.to(layer.weight.device, layer.weight.dtype).train(layer.training)
 
 
