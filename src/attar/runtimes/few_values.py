@@ -80,9 +80,8 @@ def _entries(
 ) -> FewValues:
     # Compared as bytes, 0.0 and -0.0 stay apart, and NaN is equal to itself.
     runs = np.ascontiguousarray(array).reshape(-1, length)
-    keys = runs.view(np.dtype((np.void, runs.dtype.itemsize * length))).ravel()
-    if length == 1 and array.dtype.kind in "fiu":
-        keys = runs.ravel().view(f"u{array.dtype.itemsize}")
+    size = runs.dtype.itemsize
+    keys = runs.view(f"u{size}" if length == 1 else np.dtype((np.void, size * length))).ravel()
     _, first, indices = np.unique(keys, return_index=True, return_inverse=True)
     values = runs[first]
     return FewValues(

@@ -17,12 +17,22 @@ from onnx import helper, numpy_helper
 
 from attar.runtimes.few_values import FewValues, few_values
 from attar.runtimes.onnx_file import save, tidy
-from attar.runtimes.onnx_lookup import WIDEST, function_name, lookup, multiple, pack
+from attar.runtimes.onnx_lookup import (
+    WIDEST,
+    complete,
+    function_name,
+    lookup,
+    multiple,
+    pack,
+    tabled,
+    tables,
+)
 from attar.runtimes.onnx_operators import DOMAIN
 
 KINDS = {
     onnx.TensorProto.FLOAT,
     onnx.TensorProto.FLOAT16,
+    onnx.TensorProto.BFLOAT16,
     onnx.TensorProto.INT8,
     onnx.TensorProto.UINT8,
 }
@@ -30,6 +40,8 @@ KEPT = 0.75
 """The largest share of its bytes that a tensor may still take: looking up takes time at load."""
 NAMING = 64
 """About what a tensor's node and the names of its constants take, in bytes."""
+TABLE = 80
+"""About what a table of digits takes, with its part in what all tables are made of."""
 WHOLE = (1, 2, 4, 8)
 """The bits of which a byte holds a whole number: such functions are shorter."""
 
@@ -98,7 +110,8 @@ class _Cost:
 
     def of(self, few: FewValues, width: Width) -> int:
         wider = len(few.indices) * (width[0] - few.bits) // 8
-        return few.bytes + wider + NAMING + (self.body(width) if self.inline else 0)
+        missing = few.values[:1].nbytes * (len(complete(few.values, width[0])) - len(few.values))
+        return few.bytes + wider + missing + NAMING + (self.body(width) if self.inline else 0)
 
 
 def _choose(found: Mapping[str, FewValues], cost: _Cost) -> dict[str, Width]:
@@ -121,7 +134,8 @@ def _assign(
     found: Mapping[str, FewValues], widths: Collection[Width], cost: _Cost
 ) -> tuple[dict[str, Width], int]:
     assigned: dict[str, Width] = {}
-    total = 0 if cost.inline else sum(map(cost.body, widths))
+    total = TABLE * len({digit for bits, _ in widths for digit in tabled(bits)})
+    total += 0 if cost.inline else sum(map(cost.body, widths))
     for name, few in found.items():
         fitting = [width for width in widths if _fits(few, width)]
         taken, width = min((cost.of(few, w), w) for w in fitting) if fitting else (0, None)
@@ -173,15 +187,15 @@ def _write(
     graph.initializer.extend(kept)
     constants = _Constants(graph, _values(graph), {})
     books = _common_books({name: (found[name], chosen[name][0]) for name in chosen})
-    nodes: list[onnx.NodeProto] = []
+    digits = sorted({digit for bits, _ in chosen.values() for digit in tabled(bits)})
+    nodes, names = tables(digits, f"{constants.fresh()}.") if digits else ([], [])
+    table = dict(zip(digits, names, strict=True))
     for name, (bits, cut) in chosen.items():
         values, indices = books[name]
         few = found[name]
-        inputs = [pack(indices, bits), values, np.array(few.shape, np.int64)]
-        kind = function_name(bits, cut=cut)
-        nodes.append(
-            helper.make_node(kind, [constants.name(a) for a in inputs], [name], domain=DOMAIN)
-        )
+        arrays = [pack(indices, bits), complete(values, bits), np.array(few.shape, np.int64)]
+        inputs = [*map(constants.name, arrays), *(table[digit] for digit in tabled(bits))]
+        nodes.append(helper.make_node(function_name(bits, cut=cut), inputs, [name], domain=DOMAIN))
         _append(nodes, "Transpose", constants, few.turned)
         _append(nodes, "Mul", constants, few.factor is not None, few.factor)
     rest = list(graph.node)
@@ -240,7 +254,7 @@ def _values(graph: onnx.GraphProto) -> set[str]:
 def _common_books(
     wanted: Mapping[str, tuple[FewValues, int]],
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """By constant: values and indices. Where another's codebook has its values too, it uses that."""
+    """By constant: values and indices, of another's codebook where that has its values too."""
     made: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     books: list[np.ndarray] = []
     for name, (few, bits) in sorted(wanted.items(), key=lambda each: -len(each[1][0].values)):

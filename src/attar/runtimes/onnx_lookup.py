@@ -7,6 +7,7 @@ them wrongly, where ordinary integers are computed once, when it compiles.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -54,22 +55,21 @@ def function_name(bits: int, *, cut: bool) -> str:
 
 
 def lookup(bits: int, *, cut: bool, opset: int) -> onnx.FunctionProto:
-    """The function of `pack`'s bytes, the values (k,) or (k, length), and the tensor's shape.
+    """The function of `pack`'s bytes, the values, the tensor's shape, and the tables of `tabled`.
 
-    opset: the file's version of ONNX's operators.
+    The values are (k,) or (k, length). Where bytes hold digits of one kind there have to be all
+    2**bits: every byte's values are looked up first, among them bytes that never occur, so that
+    a tensor takes the least memory while it is made. opset: the file's version of ONNX's operators.
     """
-    body = _Body()
+    body = Nodes()
     digits = _digits(bits)
+    tables = [f"digits{digit}" for digit in tabled(bits)]
     if len(digits) > 1:
         parts = body.add("Split", "stored", body.constant(digits, np.int64), outputs=len(digits))
+        (found,) = body.add("Gather", "values", _sum(body, digits, parts))
     else:
-        parts = ["stored"]
-    if digits == [BYTE]:
-        found = body.add("Gather", "values", body.integers("stored"))[0]
-    elif len(digits) == 1:
-        found = _runs(body, digits[0])
-    else:
-        found = body.add("Gather", "values", _sum(body, digits, parts))[0]
+        values = body.add("Gather", "values", *tables)[0] if tables else "values"
+        (found,) = body.add("Gather", values, body.integers("stored"))
     if cut:
         (flat,) = body.add("Reshape", found, body.constant([-1], np.int64))
         (count,) = body.add("ReduceProd", "shape")
@@ -78,30 +78,56 @@ def lookup(bits: int, *, cut: bool, opset: int) -> onnx.FunctionProto:
     return helper.make_function(
         DOMAIN,
         function_name(bits, cut=cut),
-        ["stored", "values", "shape"],
+        ["stored", "values", "shape", *tables],
         ["tensor"],
         body.nodes,
         [helper.make_opsetid("", opset)],
     )
 
 
+def tabled(bits: int) -> list[int]:
+    """The digits, in bits, of which a function wants the table, in the order that it takes them."""
+    return [digit for digit in _digits(bits) if digit != BYTE]
+
+
+def tables(digits: Sequence[int], prefix: str) -> tuple[list[onnx.NodeProto], list[str]]:
+    """Nodes that make the digits of every byte, lowest first, (256, digits of a byte), and what
+    these values are called. prefix: of all names in here."""
+    made = Nodes(prefix)
+    ends = [made.constant(n) for n in (0, 2**BYTE, 1)]
+    (every,) = made.add("Range", *ends)
+    (column,) = made.add("Reshape", every, made.constant([-1, 1], np.int64))
+    names = []
+    for digit in digits:
+        powers = made.constant(2 ** (digit * np.arange(BYTE // digit)))
+        (shifted,) = made.add("Div", column, powers)
+        names += made.add("Mod", shifted, made.constant(2**digit))
+    return made.nodes, names
+
+
+def complete(values: np.ndarray, bits: int) -> np.ndarray:
+    """The values as the function wants them: one for every byte that there could be."""
+    missing = 2**bits - len(values) if len(_digits(bits)) == 1 and bits != BYTE else 0
+    return np.concatenate([values, np.zeros_like(values, shape=(missing, *values.shape[1:]))])
+
+
 def _digits(bits: int) -> list[int]:
     return [digit for digit in (8, 4, 2, 1) if bits & digit]
 
 
-class _Body:
-    """The nodes of a function so far."""
+class Nodes:
+    """Nodes so far, and the names of their values."""
 
-    def __init__(self) -> None:
+    def __init__(self, prefix: str = "v") -> None:
         self.nodes: list[onnx.NodeProto] = []
-        self._values = 0
+        self._prefix, self._values = prefix, 0
 
     def add(
         self, kind: str, *inputs: str, outputs: int | list[str] = 1, **options: Any
     ) -> list[str]:
         """A node; returns the names of its values."""
         if isinstance(outputs, int):
-            outputs = [f"v{self._values + i}" for i in range(outputs)]
+            outputs = [f"{self._prefix}{self._values + i}" for i in range(outputs)]
             self._values += len(outputs)
         self.nodes.append(helper.make_node(kind, list(inputs), outputs, **options))
         return outputs
@@ -115,33 +141,15 @@ class _Body:
         return self.add("Cast", value, to=onnx.TensorProto.INT32)[0]
 
 
-def _table(body: _Body, digit: int) -> str:
-    """The digits of every byte, lowest first, (256, digits of a byte)."""
-    ends = (body.constant(n) for n in (0, 2**BYTE, 1))
-    (every,) = body.add("Range", *ends)
-    (column,) = body.add("Reshape", every, body.constant([-1, 1], np.int64))
-    powers = 2 ** (digit * np.arange(BYTE // digit))
-    (shifted,) = body.add("Div", column, body.constant(powers))
-    return body.add("Mod", shifted, body.constant(2**digit))[0]
-
-
-def _runs(body: _Body, digit: int) -> str:
-    """Every byte's values, of a table of them: it takes the least memory while a file is loaded."""
-    (count,) = body.add("Shape", "values", start=0, end=1)
-    # A byte that never occurs may have digits beyond the last value.
-    (known,) = body.add("Mod", _table(body, digit), body.integers(count))
-    (runs,) = body.add("Gather", "values", known)
-    return body.add("Gather", runs, body.integers("stored"))[0]
-
-
-def _sum(body: _Body, digits: list[int], parts: list[str]) -> str:
+def _sum(body: Nodes, digits: list[int], parts: list[str]) -> str:
     """The indices, of their digits in several parts."""
+    flat = body.constant([-1], np.int64)
     total, place = "", 0
     for digit, part in zip(digits, parts, strict=True):
         found = body.integers(part)
         if digit != BYTE:
-            (found,) = body.add("Gather", _table(body, digit), found)
-        (found,) = body.add("Reshape", found, body.constant([-1], np.int64))
+            (found,) = body.add("Gather", f"digits{digit}", found)
+        (found,) = body.add("Reshape", found, flat)
         if total:
             (found,) = body.add("Mul", found, body.constant(2**place))
             (found,) = body.add("Add", total, found)
