@@ -164,10 +164,14 @@ class _Constants:
         """The name of a constant of these numbers."""
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self.names:
-            self.names[key] = self.fresh()
-            tensor = numpy_helper.from_array(np.ascontiguousarray(array), self.names[key])
-            self.graph.initializer.append(tensor)
+            self.names[key] = self.own(array)
         return self.names[key]
+
+    def own(self, array: np.ndarray) -> str:
+        """The name of a new constant of these numbers."""
+        name = self.fresh()
+        self.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
+        return name
 
     def fresh(self) -> str:
         """A name that no value has."""
@@ -193,8 +197,10 @@ def _write(
     for name, (bits, cut) in chosen.items():
         values, indices = books[name]
         few = found[name]
-        arrays = [pack(indices, bits), complete(values, bits), np.array(few.shape, np.int64)]
-        inputs = [*map(constants.name, arrays), *(table[digit] for digit in tabled(bits))]
+        # Of indices in common, sessions would make one constant again: see `onnx_file._part_bytes`.
+        stored = constants.own(pack(indices, bits))
+        arrays = (complete(values, bits), np.array(few.shape, np.int64))
+        inputs = [stored, *map(constants.name, arrays), *(table[digit] for digit in tabled(bits))]
         nodes.append(helper.make_node(function_name(bits, cut=cut), inputs, [name], domain=DOMAIN))
         _append(nodes, "Transpose", constants, few.turned)
         _append(nodes, "Mul", constants, few.factor is not None, few.factor)
