@@ -49,6 +49,7 @@ class OnnxRuntime(Runtime):
         names: tuple[list[str], list[str]],
         optimise: bool = False,
     ) -> list[Path]:
+        from attar.runtimes.onnx_codebooks import share_constants
         from attar.runtimes.onnx_export import export_onnx
         from attar.runtimes.onnx_file import save, tidy
         from attar.runtimes.onnxruntime_float import keep_float
@@ -60,6 +61,7 @@ class OnnxRuntime(Runtime):
         save(tidy(keep_float(proto)), path)
         if optimise:
             optimise_file(path, [t.detach().cpu().numpy() for t in example])
+        share_constants(path, student)
         return [path]
 
     def session(self, folder: Path, *, threads: int = 1, passes: GraphPasses = "all") -> Session:

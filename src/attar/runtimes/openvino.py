@@ -61,6 +61,7 @@ class OpenVino(Runtime):
         optimise: bool = False,
     ) -> list[Path]:
         from attar.runtimes.onnx_bytes import store_in_bytes
+        from attar.runtimes.onnx_codebooks import share_constants
         from attar.runtimes.onnx_export import export_onnx
         from attar.runtimes.onnx_file import save, tidy
         from attar.runtimes.onnx_weights import spell_out
@@ -72,6 +73,7 @@ class OpenVino(Runtime):
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / self.model_file
         save(tidy(proto), path)
+        share_constants(path, student, inline=True)
         return [path]
 
     def session(self, folder: Path, *, threads: int = 1, passes: GraphPasses = "all") -> Session:
