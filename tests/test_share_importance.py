@@ -2,12 +2,12 @@ import copy
 
 import pytest
 import torch
-from network_fixture import Encoder
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from attar.errors import AttarError, UsageError
 from attar.share import cluster, fisher_importance, share_weights
+from network_fixture import Encoder
 
 Pair = tuple[Tensor, Tensor]
 

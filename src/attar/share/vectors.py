@@ -100,7 +100,8 @@ def cluster_vectors(
     means = np.zeros((0, vectors.length))
     if alive.any():
         k = min(vectors.values - zeros, int(alive.sum()))
-        clusters = _clusters(runs[alive], k, mass[alive].mean(axis=1), vectors.seed)
+        scaled = runs[alive] / np.abs(runs).max()  # squares of what is large or small stay numbers
+        clusters = _clusters(scaled, k, mass[alive].mean(axis=1), vectors.seed)
         means = _means(runs[alive], mass[alive], clusters)
         indices[alive] = clusters + zeros
     values, places = rounded(means, tensor.dtype, zeros)
