@@ -489,3 +489,16 @@ def test_large_codebooks_of_a_grid_are_kept(tmp_path):
     back = saved_and_loaded(module, edit, tmp_path)
     assert torch.equal(back.edits[0].assignments["weight"].indices.long(), assignment.indices)
     assert back.edits[0].settled(module).tensors()["weight"].numel() == 3000 * 12 // 8
+
+
+def test_tensors_of_another_dtype_have_a_codebook_of_their_own():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16).half(), nn.Linear(16, 16))
+    edit, _ = share_weights(module, 2, scope="network")
+    assert {path: own.book for path, own in edit.assignments.items()} == {
+        "0.weight": "network.float32",
+        "1.weight": "network.float16",
+        "2.weight": "network.float32",
+    }
+    edit.after_step(module)
+    assert edit.check(module) == []
