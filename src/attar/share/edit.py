@@ -45,8 +45,9 @@ class Assignment:
 
     @classmethod
     def of(cls, codebook: Codebook) -> Assignment:
-        """The assignment of a fresh codebook of single weights."""
-        return cls(len(codebook.values), codebook.indices, codebook.zero)
+        """The assignment of a fresh codebook of single weights; a value of zero stays zero."""
+        places = (codebook.values == 0).nonzero().flatten().tolist()
+        return cls(len(codebook.values), codebook.indices, places[0] if places else None)
 
     @property
     def bits(self) -> int:
