@@ -100,7 +100,8 @@ def cluster_vectors(
     means = np.zeros((0, vectors.length))
     if alive.any():
         k = min(vectors.values - zeros, int(alive.sum()))
-        clusters = _clusters(runs[alive], k, mass[alive].mean(axis=1), vectors.seed)
+        scaled = runs[alive] / np.abs(runs).max()  # squares of what is large or small stay numbers
+        clusters = _clusters(scaled, k, mass[alive].mean(axis=1), vectors.seed)
         means = _means(runs[alive], mass[alive], clusters)
         indices[alive] = clusters + zeros
     values, places = rounded(means, tensor.dtype, zeros)
@@ -125,9 +126,9 @@ def _clusters(runs: np.ndarray, k: int, mass: np.ndarray, seed: int) -> np.ndarr
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer different runs than vectors
         if len(runs) >= MANY:
             batches = MiniBatchKMeans(
-                k, batch_size=max(4096, 4 * k), n_init=1, max_iter=10, random_state=seed
+                k, batch_size=max(4096, 4 * k), n_init=1, max_iter=4, random_state=seed
             )
-            start, rounds = batches.fit(runs, sample_weight=mass).cluster_centers_, 5
+            start, rounds = batches.fit(runs, sample_weight=mass).cluster_centers_, 3
         found = KMeans(k, init=start, n_init=1, max_iter=rounds, random_state=seed)
         labels = found.fit(runs, sample_weight=mass).labels_
     return np.unique(labels, return_inverse=True)[1]
