@@ -159,7 +159,7 @@ class Writer:
 
     def each(self, symbols: np.ndarray, tables: np.ndarray) -> None:
         """Symbols with a table each, (n, k): fewer than `BLOCK`."""
-        probabilities = (tables - 1).astype(np.float32)  # exact: below 2 ** 24
+        probabilities = _probabilities(tables)
 
         def encode(coder: Any) -> None:
             family = _model.Categorical(perfect=False)
@@ -241,6 +241,10 @@ class Reader:
             part[:] = self._decode(_uniform(256), part.size)
         return found
 
+    def each(self, tables: np.ndarray) -> np.ndarray:
+        """A symbol of each table, (n, k): fewer than `BLOCK`."""
+        return self._decode(_model.Categorical(perfect=False), len(tables), _probabilities(tables))
+
     def one(self, table: Table) -> int:
         """A symbol of a table of its own."""
         return int(self._decode(model_of(table), 1)[0])
@@ -250,8 +254,8 @@ class Reader:
         if not self._coder.is_empty() or self._streams() is not None:
             raise damaged("there is more in it than its tensors")
 
-    def _decode(self, model: Any, count: int) -> np.ndarray:
-        symbols: np.ndarray = self._coder.decode(model, count)
+    def _decode(self, model: Any, count: int, *parameters: np.ndarray) -> np.ndarray:
+        symbols: np.ndarray = self._coder.decode(model, *(parameters or (count,)))
         self._count += count
         if self._count >= BLOCK:
             if not self._coder.is_empty():
@@ -268,6 +272,11 @@ class Reader:
         padded = bytes(stream) + bytes(-len(stream) % 4)
         self._coder = _Coder(np.frombuffer(padded, "<u4").astype(np.uint32))
         self._count = 0
+
+
+def _probabilities(tables: np.ndarray) -> np.ndarray:
+    """As of `model_of`, a row each; exact, for they are below 2 ** 24."""
+    return (tables - 1).astype(np.float32)
 
 
 def _uniform(size: int) -> Any:

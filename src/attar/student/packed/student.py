@@ -71,7 +71,9 @@ def packed(student: Student) -> Packed:
         record["edits"] = [_short_record(each, promise) for each in records]
     elements = [Elements.of(name, tensor) for name, tensor in {**weights, **beside}.items()]
     writer = Writer()
-    stored = coded.write_tensors(writer, elements)
+    runs = {path: run for edit in student.edits for path, run in edit.runs().items()}
+    lengths = [*(runs.get(name, 1) for name in weights), *(1 for _ in beside)]
+    stored = coded.write_tensors(writer, elements, lengths)
     data = seal(Header(record, list(weights), list(beside)), writer.finish())
     return Packed(data, dict(zip([*weights, *beside], stored, strict=True)))
 
