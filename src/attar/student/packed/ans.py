@@ -2,8 +2,8 @@
 
 The coder is a stack (Duda, arXiv:1311.2540): a writer notes what is to be coded, and codes it last
 to first, so that a reader goes first to last. Its state starts at zero, so a stream costs no more
-than its symbols, rounded up to whole bytes. Streams end after `BLOCK` symbols, whence a large file
-is read in little memory; a small one is a single stream.
+than its symbols, rounded up to whole bytes. A stream ends once it has `BLOCK` symbols, whence a
+large file is read in little memory; a small one is a single stream.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from attar.student.packed.damage import damaged
 from attar.student.packed.tables import Table, bits_of, cost, paired, table_of
 
 BLOCK = 1 << 20
+PIECE = 1 << 16
+"""Symbols that are coded at once: they stay in the processor's cache."""
 GROUPED_FROM = 1 << 14
 """From so many symbols on, those of small alphabets are coded two or four at a time."""
 RAW_BITS = 16
@@ -145,7 +147,7 @@ class Writer:
         size, group = len(table), group_of(len(table), symbols.size)
         whole = symbols.size // group * group
         model = model_of(grouped(table, group))
-        for part in _parts(symbols[:whole], BLOCK * group):
+        for part in _parts(symbols[:whole], PIECE * group):
             self._note(part.size // group, model, part, (size, group))
         if whole < symbols.size:
             self._note(symbols.size - whole, model_of(table), symbols[whole:])
@@ -153,7 +155,7 @@ class Writer:
 
     def plain(self, values: np.ndarray) -> None:
         """Bytes as they are."""
-        for part in _parts(values, BLOCK):
+        for part in _parts(values, PIECE):
             self._note(part.size, _uniform(256), part)
         self.bits += 8 * values.size
 
@@ -227,8 +229,7 @@ class Reader:
         found = np.empty(count, values.dtype)
         many, model = _grouped_values(values, group), model_of(grouped(table, group))
         as_groups = found[:whole].view(many.dtype)
-        for start in range(0, len(as_groups), BLOCK):
-            part = as_groups[start : start + BLOCK]
+        for part in _parts(as_groups, PIECE):
             np.take(many, self._decode(model, len(part)), out=part, mode="clip")
         if whole < count:
             found[whole:] = values[self._decode(model_of(table), count - whole)]
@@ -237,7 +238,7 @@ class Reader:
 
     def plain(self, count: int) -> np.ndarray:
         found = np.empty(count, np.uint8)
-        for part in _parts(found, BLOCK):
+        for part in _parts(found, PIECE):
             part[:] = self._decode(_uniform(256), part.size)
         return found
 

@@ -23,7 +23,7 @@ from attar.student.packed.elements import is_float, width_of
 from attar.student.packed.models import Models, Symbols
 from attar.student.packed.planes import read_planes, write_planes
 from attar.student.packed.slices import kept_slices, read_slices, write_slices
-from attar.student.packed.zeros import read_zeros, write_zeros
+from attar.student.packed.zeros import read_zeros, uneven, write_zeros
 
 CONSTANT, PLANES, CODEBOOK, SPARSE, RUNS = range(5)
 FORMS = ("constant", "planes", "codebook", "sparse", "runs")
@@ -77,7 +77,7 @@ def _ways(writer: Writer, block: Block, models: Models) -> Iterator[tuple[Writer
         return fork, form, models.copy()
 
     bits = block.bits
-    if (bits == bits[0]).all():
+    if (bits[:64] == bits[0]).all() and (bits == bits[0]).all():
         way = begun(CONSTANT)
         _write_constant(way[0], block.kind, int(bits[0]))
         yield way
@@ -86,11 +86,11 @@ def _ways(writer: Writer, block: Block, models: Models) -> Iterator[tuple[Writer
         way = begun(RUNS)
         if _write_runs(way[0], block, way[2]):
             yield way
-    if _has_zeros(bits):
+    found = few_values(block.kind, bits)
+    if _has_zeros(bits) and (found is None or len(bits) <= FEW or _has_structure(block)):
         way = begun(SPARSE)
         _write_sparse(way[0], block, way[2])
         yield way
-    found = few_values(block.kind, bits)
     if found is not None:
         codebook, indices = found
         way = begun(CODEBOOK)
@@ -139,6 +139,12 @@ def _has_zeros(bits: np.ndarray) -> bool:
     """Whether one element in ten or more is zero."""
     zeros = len(bits) - int(np.count_nonzero(bits))
     return 10 * zeros >= len(bits) > 1
+
+
+def _has_structure(block: Block) -> bool:
+    """Whether the zeros are somewhere rather than anywhere: else a codebook says them as well."""
+    flags = (block.bits != 0).reshape(block.shape)
+    return not all(kept.all() for kept in kept_slices(flags)) or uneven(flags)
 
 
 def _write_sparse(writer: Writer, block: Block, models: Models) -> None:

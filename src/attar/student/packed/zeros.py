@@ -59,12 +59,18 @@ def read_zeros(reader: Reader, shape: tuple[int, ...], models: Models) -> np.nda
     return np.ascontiguousarray(_read_rows(reader, columns, rows).T).reshape(shape)
 
 
+def uneven(flags: np.ndarray) -> bool:
+    """Whether some rows or columns are so much denser that it pays to look at them."""
+    flat = flags.reshape(len(flags), -1)
+    return _promises(flat) or _promises(flat.T)
+
+
 def _promises(matrix: np.ndarray) -> bool:
     """Whether columns differ by more than chance, in what their densities save."""
     rows, columns = matrix.shape
     if rows < 4 or not 1 < columns < BLOCK:
         return False
-    dense = matrix.sum(0)
+    dense = np.count_nonzero(matrix, axis=0)
     alike = matrix.size * float(_entropy(dense.sum() / matrix.size))
     learnt = np.minimum(np.log2(rows), 2 * dense + 1).sum() / 2
     apart = rows * float(_entropy(dense / rows).sum()) + learnt
