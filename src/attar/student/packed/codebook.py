@@ -48,6 +48,19 @@ class Codebook:
             places = np.insert(places, negative, 0)
         return cls(values, places, grid.step)
 
+    def filled(self) -> tuple[Codebook, np.ndarray] | None:
+        """The codebook with the multiples that no weight takes, from the least to the largest, and
+        where its own values are in it; `None` where that is hardly shorter to say."""
+        low, high = int(self.places[0]), int(self.places[-1])
+        size = high - low + 1
+        both = len(np.unique(self.places)) < len(self.places)
+        if self.step is None or both or not len(self.places) < size <= 4 * len(self.places) + 16:
+            return None
+        places = np.arange(low, high + 1)
+        values = on_grid(self.step, places).view(np.uint32)
+        values[self.places - low] = self.values
+        return Codebook(values, places, self.step), self.places - low
+
     def write(self, writer: Writer) -> None:
         writer.number("codebook size", len(self.values) - 1)
         kind = LISTED if self.step is None else STEPPED

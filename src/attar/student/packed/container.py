@@ -20,6 +20,7 @@ from attar.student.packed.damage import damaged
 MAGIC = b"ATR"
 VERSION = 1
 LARGEST_HEADER = 1 << 24
+MOST_TENSORS = 1 << 16
 START = 8
 DICTIONARY = (
     b'[{"spec":{"model":"cifar-resnet20","arguments":{"image_size":28},"channels":1,"classes":10,'
@@ -82,6 +83,8 @@ def _header(text: bytes) -> Header:
     )
     if not fits or any(len(set(names)) != len(names) for names in header[1:]):
         raise damaged("its header has no record, or no names")
+    if len(header.weights) + len(header.edits) > MOST_TENSORS:
+        raise damaged(f"it has more than {MOST_TENSORS:,} tensors")
     return header
 
 

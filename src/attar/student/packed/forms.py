@@ -52,12 +52,20 @@ def write_block(writer: Writer, block: Block, models: Models) -> str:
     return FORMS[form]
 
 
-def read_block(reader: Reader, kind: str, shape: tuple[int, ...], models: Models) -> np.ndarray:
-    """The elements' bits, in one row."""
+def read_block(
+    reader: Reader,
+    kind: str,
+    shape: tuple[int, ...],
+    models: Models,
+    outside: tuple[int, ...] = (),
+) -> np.ndarray:
+    """The elements' bits, in one row. outside: the forms that these are part of."""
     count = prod(shape)
     if not count:
         return np.empty(0, f"u{width_of(kind)}")
     form = reader.symbol("form", len(FORMS))
+    if form in outside or (form == SPARSE and not shape):
+        raise damaged("its forms don't fit one another")
     if form == CONSTANT:
         return np.full(count, _read_constant(reader, kind))
     if form == PLANES:
@@ -97,6 +105,12 @@ def _ways(writer: Writer, block: Block, models: Models) -> Iterator[tuple[Writer
         codebook.write(way[0])
         way[2].write(way[0], Symbols.of(indices, codebook.places))
         yield way
+        if len(bits) <= FEW and (wider := codebook.filled()):
+            codebook, places = wider
+            way = begun(CODEBOOK)
+            codebook.write(way[0])
+            way[2].write(way[0], Symbols.of(places[indices].astype(np.uint16), codebook.places))
+            yield way
         if way[0].bits < QUARTER * bits.nbytes:
             return
     if found is None or len(bits) <= FEW:
@@ -162,7 +176,7 @@ def _read_sparse(reader: Reader, kind: str, shape: tuple[int, ...], models: Mode
     flags = np.zeros(shape, bool)
     flags[np.ix_(*kept)] = inner
     found = np.zeros(shape, f"u{width_of(kind)}")
-    found[flags] = read_block(reader, kind, (int(flags.sum()),), models)
+    found[flags] = read_block(reader, kind, (int(flags.sum()),), models, (SPARSE, RUNS))
     return found.ravel()
 
 
@@ -190,7 +204,7 @@ def _read_runs(reader: Reader, kind: str, count: int, models: Models) -> np.ndar
     run, size = reader.number("run"), reader.number("codebook size") + 1
     if not 0 < run <= count or count % run or size > min(LIMIT, count // run):
         raise damaged("its runs of weights don't fit their tensor")
-    vectors = read_block(reader, kind, (size * run,), models).reshape(size, run)
+    vectors = read_block(reader, kind, (size * run,), models, (RUNS,)).reshape(size, run)
     indices = models.read(reader, count // run, np.arange(size), np.arange(size))
     found: np.ndarray = vectors[indices].ravel()
     return found

@@ -28,7 +28,9 @@ from attar.student.packed.tables import TOTAL, Table, bits_of, cost, table_of
 
 COUNTED, DECAYING, EARLIER, KINDS = 0, 1, 2, 3
 LEARNING_UP_TO = 4096
-"""Symbols that may be coded by a table that moves: it is slow, and little is gained beyond."""
+LEARNT_SYMBOLS = 512
+"""Symbols that may be coded by a table that moves, and of how large an alphabet: it is slow, and
+little is gained beyond."""
 STRENGTHS = (0, 4, 8, 16, 32, 64, 128, 256)
 MANTISSAS = 8
 RATES = 56
@@ -74,7 +76,7 @@ class Models:
         """The table, how fast it learns, and the symbols, in the fewest bits."""
         if len(symbols.places) == 1:
             return
-        few = len(symbols.values) <= LEARNING_UP_TO
+        few = _may_learn(len(symbols.values), len(symbols.places))
         strengths = STRENGTHS if few else STRENGTHS[:1]
         _, learning, fork, table = min(
             (
@@ -102,7 +104,8 @@ class Models:
             return np.full(count, values[0])
         table = self._read_table(reader, places)
         self._remember(table)
-        learning = reader.symbol("learning", len(STRENGTHS)) if count <= LEARNING_UP_TO else 0
+        few = _may_learn(count, len(places))
+        learning = reader.symbol("learning", len(STRENGTHS)) if few else 0
         if not learning:
             return reader.array(count, table, values)
         return values[_learnt(reader, count, table, STRENGTHS[learning])]
@@ -339,6 +342,10 @@ def expected(counts: np.ndarray, table: Table, strength: int) -> float:
     start = table * (strength / TOTAL)
     gained = (gammaln(counts + start) - gammaln(start)).sum()
     return float(gammaln(counts.sum() + strength) - gammaln(strength) - gained) / log(2)
+
+
+def _may_learn(count: int, size: int) -> bool:
+    return count <= LEARNING_UP_TO and size <= LEARNT_SYMBOLS
 
 
 def flat_bits(counts: np.ndarray) -> float:

@@ -111,7 +111,7 @@ def read_tensors(reader: Reader, count: int, limit: int) -> Iterator[Elements]:
             continue
         kind = NAMES[reader.symbol("type", len(NAMES))]
         shape = shapes.read(reader)
-        taken += prod(shape) * width_of(kind)
+        taken += prod(size or 1 for size in shape) * width_of(kind)
         if taken > limit:
             raise CheckpointError(
                 f"the packed student's tensors take {taken:,} bytes or more, over the limit of "
