@@ -246,9 +246,11 @@ class Reader:
         """A symbol of each table, (n, k): fewer than `BLOCK`."""
         return self._decode(_model.Categorical(perfect=False), len(tables), _probabilities(tables))
 
-    def one(self, table: Table) -> int:
-        """A symbol of a table of its own."""
-        return int(self._decode(model_of(table), 1)[0])
+    def in_turn(self, count: int, table: Callable[[], Table], saw: Callable[[int], None]) -> None:
+        """`count` symbols, each by the table that there is once those before it were seen."""
+        for _ in range(count):
+            saw(int(self._coder.decode(model_of(table()), 1)[0]))
+        self._passed(count)
 
     def finish(self) -> None:
         """Raises `CheckpointError` where something is left."""
@@ -257,12 +259,16 @@ class Reader:
 
     def _decode(self, model: Any, count: int, *parameters: np.ndarray) -> np.ndarray:
         symbols: np.ndarray = self._coder.decode(model, *(parameters or (count,)))
+        self._passed(count)
+        return symbols
+
+    def _passed(self, count: int) -> None:
+        """Goes on to the next stream after enough symbols."""
         self._count += count
         if self._count >= BLOCK:
             if not self._coder.is_empty():
                 raise damaged("a part of it is longer than what it holds")
             self._open()
-        return symbols
 
     def _open(self) -> None:
         stream = self._streams()

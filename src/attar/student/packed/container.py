@@ -32,7 +32,7 @@ DICTIONARY = (
     b'"patterns":{}}]},["features.","layer1.0.","downsample.0.","classifier.","self_attn.in_proj_",'
     b'"blocks.0.","norm1.","encoder.","bn1.weight","bn1.bias","bn1.running_mean",'
     b'"bn1.running_var","bn1.num_batches_tracked","conv2.weight","conv2.bias","fc.weight","fc.bias",'
-    b'"linear1.weight","linear1.bias","linear2.weight","linear2.bias"]]'
+    b'"linear1.weight","linear1.bias","linear2.weight","linear2.bias"],[]]'
 )
 
 

@@ -27,6 +27,8 @@ from attar.student.packed.zeros import read_zeros, uneven, write_zeros
 
 CONSTANT, PLANES, CODEBOOK, SPARSE, RUNS = range(5)
 FORMS = ("constant", "planes", "codebook", "sparse", "runs")
+PLACES = 8
+"""Forms that there is room for in the file."""
 QUARTER = 2
 """Bits a byte: planes hardly ever come to less."""
 FEW = 1 << 14
@@ -63,8 +65,8 @@ def read_block(
     count = prod(shape)
     if not count:
         return np.empty(0, f"u{width_of(kind)}")
-    form = reader.symbol("form", len(FORMS))
-    if form in outside or (form == SPARSE and not shape):
+    form = reader.symbol("form", PLACES)
+    if form >= len(FORMS) or form in outside or (form == SPARSE and not shape):
         raise damaged("its forms don't fit one another")
     if form == CONSTANT:
         return np.full(count, _read_constant(reader, kind))
@@ -81,7 +83,7 @@ def read_block(
 def _ways(writer: Writer, block: Block, models: Models) -> Iterator[tuple[Writer, int, Models]]:
     def begun(form: int) -> tuple[Writer, int, Models]:
         fork = writer.fork()
-        fork.symbol("form", form, len(FORMS))
+        fork.symbol("form", form, PLACES)
         return fork, form, models.copy()
 
     bits = block.bits

@@ -26,7 +26,7 @@ from attar.student.packed.ans import Reader, Writer
 from attar.student.packed.damage import damaged
 from attar.student.packed.tables import TOTAL, Table, bits_of, cost, table_of
 
-COUNTED, DECAYING, EARLIER, KINDS = 0, 1, 2, 3
+COUNTED, DECAYING, EARLIER, KINDS = 0, 1, 2, 4
 LEARNING_UP_TO = 4096
 LEARNT_SYMBOLS = 512
 """Symbols that may be coded by a table that moves, and of how large an alphabet: it is slow, and
@@ -145,7 +145,7 @@ class Models:
         if kind == DECAYING:
             return Decay.read(reader, places).table(places)
         back = reader.symbol("earlier", EARLIER_MODELS)
-        if back >= len(self.known) or len(self.known[back]) != len(places):
+        if kind != EARLIER or back >= len(self.known) or len(self.known[back]) != len(places):
             raise damaged("it refers to a table that isn't there")
         return self.known[back]
 
@@ -370,8 +370,11 @@ def learning_tables(symbols: Symbols, start: Table, strength: int) -> np.ndarray
 
 def _learnt(reader: Reader, count: int, start: Table, strength: int) -> np.ndarray:
     weights = start * strength
-    found = np.empty(count, np.int64)
-    for place in range(count):
-        found[place] = symbol = reader.one(table_of(weights))
+    found: list[int] = []
+
+    def saw(symbol: int) -> None:
+        found.append(symbol)
         weights[symbol] += TOTAL
-    return found
+
+    reader.in_turn(count, lambda: table_of(weights), saw)
+    return np.array(found, np.int64)

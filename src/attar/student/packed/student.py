@@ -129,8 +129,9 @@ def _settled(student: Student) -> Student:
     if not student.edits:
         return student
     student = student.copy()
-    student.edits = [edit.settled(student.module) for edit in student.edits]
-    return student
+    # the last first: a quantization moves the weights that a codebook before it then counts
+    settled = [edit.settled(student.module) for edit in reversed(student.edits)]
+    return Student(student.module, student.spec, settled[::-1])
 
 
 def _said(edit: Edit, record: dict[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

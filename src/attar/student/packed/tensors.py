@@ -11,7 +11,7 @@ import numpy as np
 from attar.errors import CheckpointError
 from attar.student.packed.ans import Reader, Writer
 from attar.student.packed.damage import damaged
-from attar.student.packed.elements import NAMES, Elements, width_of
+from attar.student.packed.elements import NAMES, PLACES, Elements, width_of
 from attar.student.packed.forms import Block, read_block, write_block
 from attar.student.packed.models import Models
 
@@ -85,7 +85,7 @@ def write_tensors(writer: Writer, tensors: Sequence[Elements], runs: Sequence[in
             writer.number("same as", place - 1 - twin)
             stored.append(Stored("same", writer.bits - before, elements.shape))
             continue
-        writer.symbol("type", NAMES.index(elements.type), len(NAMES))
+        writer.symbol("type", NAMES.index(elements.type), PLACES)
         shapes.write(writer, elements.shape)
         block = Block(elements.type, elements.bits, elements.shape, runs[place])
         form = write_block(writer, block, models)
@@ -109,7 +109,10 @@ def read_tensors(reader: Reader, count: int, limit: int) -> Iterator[Elements]:
             found.append(found[place - 1 - back])
             yield found[-1]
             continue
-        kind = NAMES[reader.symbol("type", len(NAMES))]
+        number = reader.symbol("type", PLACES)
+        if number >= len(NAMES):
+            raise damaged("it has a tensor of unknown type")
+        kind = NAMES[number]
         shape = shapes.read(reader)
         taken += prod(size or 1 for size in shape) * width_of(kind)
         if taken > limit:
