@@ -73,6 +73,11 @@ def profile(rate: int, bend: int) -> list[int]:
     return weights
 
 
+def count_of(code: int, m: int) -> int:
+    e = (code >> m) - 1
+    return code if code >> m < 2 else ((code - (e << m)) << e) + (1 << e) // 2
+
+
 class Symbols:
     """What the page calls symbols."""
 
@@ -283,17 +288,21 @@ class Tensors:
         return [x for i in indices for x in vectors[i * run : (i + 1) * run]]
 
     def densities(self, rows: int, columns: int) -> list[list[int]]:
-        seen, counts = [0] * (columns + 2), [[1, 1] for _ in range(20)]
+        codes = self.coded(rows, list(range(self.s.number("densest") + 1)))
+        starts = [min(max(count_of(i, 1), 1), 4095) for i in range(24)]
+        counts = [[4 * (4096 - p), 4 * p] for p in starts]
+        seen = [0] * (columns + 2)
         found = []
-        for row in range(rows):
-            levels = []
+        for code in codes:
+            dense, levels = count_of(code, 1), []
             for j in range(1, columns + 1):
-                b = 2 * seen[j] + seen[j - 1] + seen[j + 1]
-                depth = 8 + min(row.bit_length(), 11)
-                levels.append(((b << 6) // (4 * max(row, 1))).bit_length() if b else depth)
+                b = 2 * seen[j] + seen[j - 1] + seen[j + 1] + 2
+                c = min(4095, ((b * dense) << 12) // (4 * sum(seen) + 2 * columns))
+                e = max(c.bit_length() - 2, 0)
+                levels.append(2 * e + (c >> e))
             flags = self.s.piece([table(counts[level]) for level in levels])
             for j, (level, flag) in enumerate(zip(levels, flags, strict=True), 1):
-                counts[level][flag] += 2
+                counts[level][flag] += 4096
                 seen[j] += flag
             found.append(flags)
         return found
@@ -324,11 +333,7 @@ class Tensors:
         weights = profile(rate, 0)
         g = table([max(1, weights[min((z + 1) // 2, 511)]) for z in range(128 << m)])
         steps = [-(z + 1) // 2 if z % 2 else z // 2 for z in self.s.array(len(places), g)]
-        counts = []
-        for c in accumulate(steps):
-            e = (c >> m) - 1
-            counts.append(c if c >> m < 2 else ((c - (e << m)) << e) + (1 << e) // 2)
-        return table(counts)
+        return table([count_of(c, m) for c in accumulate(steps)])
 
     def decaying(self, places: list[int]) -> list[int]:
         s, k = self.s, len(places)

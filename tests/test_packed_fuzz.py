@@ -92,7 +92,7 @@ def test_bytes_too_many_are_refused():
 
 
 @given(st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_changed_bytes_with_a_right_checksum_are_read_or_refused(data):
     body = bytearray(DATA[START:])
     for _ in range(data.draw(st.integers(1, 4), "changes")):
@@ -109,7 +109,7 @@ def header_length() -> int:
 
 
 @given(st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_any_stream_under_a_whole_header_is_read_or_refused(data):
     stream = data.draw(st.binary(max_size=300))
     try_reading(resealed(DATA[START : START + header_length()] + stream))

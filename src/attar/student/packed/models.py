@@ -157,7 +157,7 @@ def write_counted(writer: Writer, counts: np.ndarray, mantissa: int) -> Table:
     """Counts as small floats of `mantissa` bits, each as its distance from the one before: their
     bits, as integers, rise as they do."""
     writer.symbol("mantissa", mantissa, MANTISSAS)
-    codes = _as_codes(counts, mantissa)
+    codes = as_codes(counts, mantissa)
     steps = np.diff(codes, prepend=0)
     symbols = np.where(steps < 0, -2 * steps - 1, 2 * steps)
     used = np.bincount(symbols)
@@ -165,7 +165,7 @@ def write_counted(writer: Writer, counts: np.ndarray, mantissa: int) -> Table:
     rate = int(np.argmin(_step_bits(mantissa)[:, : len(used)] @ used))
     writer.symbol("steps", rate, RATES)
     writer.array(symbols, tables[rate], np.bincount(symbols, minlength=tables.shape[1]))
-    return table_of(_as_counts(codes, mantissa))
+    return table_of(as_counts(codes, mantissa))
 
 
 def read_counted(reader: Reader, size: int) -> Table:
@@ -176,16 +176,17 @@ def read_counted(reader: Reader, size: int) -> Table:
     codes = steps.cumsum()
     if codes.min() < 0 or codes.max() > 38 << mantissa or not codes.any():
         raise damaged("a table counts more than there is, or nothing")
-    return table_of(_as_counts(codes, mantissa))
+    return table_of(as_counts(codes, mantissa))
 
 
-def _as_codes(counts: np.ndarray, mantissa: int) -> np.ndarray:
+def as_codes(counts: np.ndarray, mantissa: int) -> np.ndarray:
+    """Integers as small floats of `mantissa` bits after the first, which are integers again."""
     lengths = np.frexp(counts.astype(np.float64))[1].astype(np.int64)
     shift = np.maximum(lengths - 1 - mantissa, 0)
     return (shift << mantissa) + (counts >> shift)
 
 
-def _as_counts(codes: np.ndarray, mantissa: int) -> np.ndarray:
+def as_counts(codes: np.ndarray, mantissa: int) -> np.ndarray:
     """Numbers in the middle of what has these codes."""
     shift = np.maximum((codes >> mantissa) - 1, 0)
     return (codes - (shift << mantissa) << shift) + (1 << shift >> 1)

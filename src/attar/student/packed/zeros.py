@@ -1,8 +1,9 @@
 """Where a tensor's zeros are: alike everywhere, or denser in some rows or columns.
 
-Read as a matrix (first axis by the others), a row at a time: how probable a weight is at a place
-follows from how many the earlier rows have there and beside it. What that means is learnt on the
-way, so nothing is stored for it. Read by columns it is the same the other way round.
+Read as a matrix (first axis by the others), a row at a time, after how many weights each row has,
+about: how probable one is at a place follows from that, and from how many the earlier rows have
+there and beside it. What it means is learnt on the way, so nothing is stored for it. Read by
+columns it is the same the other way round.
 """
 
 from __future__ import annotations
@@ -12,15 +13,20 @@ from math import prod
 import numpy as np
 
 from attar.student.packed.ans import BLOCK, Reader, Writer
-from attar.student.packed.models import Models, Symbols
+from attar.student.packed.damage import damaged
+from attar.student.packed.models import Models, Symbols, as_codes, as_counts
 from attar.student.packed.slices import FLAG
 from attar.student.packed.tables import table_of
 
 ALIKE, BY_ROWS, BY_COLUMNS, ORDERS = 0, 1, 2, 3
-SCALE = 6
-LEVELS = SCALE + 2
-DEPTHS = 12
-"""Levels of density where there is any; where there is none, of how many rows say so."""
+SCALE = 12
+LEVELS = 2 * SCALE
+"""Levels of density: a share of `2 ** SCALE`, in half octaves."""
+UNSEEN = 2
+"""What a place counts of which nothing is known; a weight there counts 2, one beside it 1."""
+FIRST = 4
+"""What a level's own share counts at first, in flags."""
+TRIED = 1 << 18
 GAIN = 0.02
 """Share of its bits that looking at rows or columns must promise: it takes its time."""
 
@@ -39,9 +45,10 @@ def write_zeros(writer: Writer, flags: np.ndarray, models: Models) -> None:
         if counts[0] and _promises(matrix):
             fork = writer.fork()
             fork.symbol("order", order, ORDERS)
-            _write_rows(fork, np.ascontiguousarray(matrix))
+            changed = models.copy()
+            _write_rows(fork, np.ascontiguousarray(matrix), changed)
             if fork.bits < best.bits:
-                best, kept = fork, models.copy()
+                best, kept = fork, changed
     writer.adopt(best)
     models.known = kept.known
 
@@ -55,8 +62,8 @@ def read_zeros(reader: Reader, shape: tuple[int, ...], models: Models) -> np.nda
         return models.read(reader, prod(shape), FLAG, FLAG.astype(bool)).reshape(shape)
     rows, columns = shape[0], prod(shape[1:])
     if order == BY_ROWS:
-        return _read_rows(reader, rows, columns).reshape(shape)
-    return np.ascontiguousarray(_read_rows(reader, columns, rows).T).reshape(shape)
+        return _read_rows(reader, rows, columns, models).reshape(shape)
+    return np.ascontiguousarray(_read_rows(reader, columns, rows, models).T).reshape(shape)
 
 
 def uneven(flags: np.ndarray) -> bool:
@@ -66,10 +73,13 @@ def uneven(flags: np.ndarray) -> bool:
 
 
 def _promises(matrix: np.ndarray) -> bool:
-    """Whether columns differ by more than chance, in what their densities save."""
+    """Whether columns may differ by more than chance: in a large tensor, by what their densities
+    would save."""
     rows, columns = matrix.shape
     if rows < 4 or not 1 < columns < BLOCK:
         return False
+    if matrix.size <= TRIED:
+        return True
     dense = np.count_nonzero(matrix, axis=0)
     alike = matrix.size * float(_entropy(dense.sum() / matrix.size))
     learnt = np.minimum(np.log2(rows), 2 * dense + 1).sum() / 2
@@ -84,42 +94,49 @@ def _entropy(share: np.ndarray) -> np.ndarray:
 
 
 class _Densities:
-    """What the rows so far say of the next one."""
+    """What the rows so far, and how many weights the next one has, say of it."""
 
     def __init__(self, columns: int) -> None:
         self._seen = np.zeros(columns + 2, np.int64)
-        self._rows = 0
-        self._counts = np.ones((LEVELS + DEPTHS, 2), np.int64)
+        share = np.maximum(as_counts(np.arange(LEVELS), 1), 1)
+        share = np.minimum(share, (1 << SCALE) - 1)
+        self._counts = FIRST * np.stack([(1 << SCALE) - share, share], 1)
         self._levels = np.zeros(columns, np.int64)
 
-    def tables(self) -> np.ndarray:
-        """Each column's table of zero and not, (columns, 2)."""
+    def tables(self, dense: int) -> np.ndarray:
+        """Each column's table of zero and not, (columns, 2). dense: about how many the row has."""
         seen = self._seen
-        beside = 2 * seen[1:-1] + seen[:-2] + seen[2:]
-        depth = LEVELS + min(self._rows.bit_length(), DEPTHS - 1)
-        share = (beside << SCALE) // (4 * max(self._rows, 1))
-        lengths = np.frexp(share.astype(np.float64))[1]
-        self._levels = np.where(beside > 0, lengths, depth)
+        beside = 2 * seen[1:-1] + seen[:-2] + seen[2:] + UNSEEN
+        share = (beside * dense << SCALE) // (4 * int(seen.sum()) + UNSEEN * len(beside))
+        self._levels = as_codes(np.minimum(share, (1 << SCALE) - 1), 1)
         return table_of(self._counts)[self._levels]
 
     def saw(self, row: np.ndarray) -> None:
         """row: 0 or 1 each."""
-        np.add.at(self._counts, (self._levels, row.astype(np.int64)), 2)
+        np.add.at(self._counts, (self._levels, row.astype(np.int64)), 1 << SCALE)
         self._seen[1:-1] += row
-        self._rows += 1
 
 
-def _write_rows(writer: Writer, matrix: np.ndarray) -> None:
+def _write_rows(writer: Writer, matrix: np.ndarray, models: Models) -> None:
+    codes = as_codes(np.count_nonzero(matrix, axis=1), 1)
+    places = np.arange(int(codes.max()) + 1)
+    writer.number("densest", int(codes.max()))
+    models.write(writer, Symbols.of(codes, places))
     densities = _Densities(matrix.shape[1])
-    for row in matrix.view(np.uint8):
-        writer.each(row, densities.tables())
+    for row, dense in zip(matrix.view(np.uint8), as_counts(codes, 1).tolist(), strict=True):
+        writer.each(row, densities.tables(dense))
         densities.saw(row)
 
 
-def _read_rows(reader: Reader, rows: int, columns: int) -> np.ndarray:
+def _read_rows(reader: Reader, rows: int, columns: int, models: Models) -> np.ndarray:
+    densest = reader.number("densest")
+    if densest > as_codes(np.array(columns), 1):
+        raise damaged("a row of weights has more than there is room for")
+    places = np.arange(densest + 1)
+    codes = models.read(reader, rows, places, places)
     densities = _Densities(columns)
     found = np.zeros((rows, columns), np.uint8)
-    for row in found:
-        row[:] = reader.each(densities.tables())
+    for row, dense in zip(found, as_counts(codes, 1).tolist(), strict=True):
+        row[:] = reader.each(densities.tables(dense))
         densities.saw(row)
     return found.astype(bool)
