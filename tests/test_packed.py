@@ -13,7 +13,8 @@ from torch import nn
 import attar
 from attar.errors import CheckpointError, StorageError, UsageError
 from attar.models import build, resolve
-from attar.student import Student
+from attar.quantize import quantize_weights, quantized_reference
+from attar.student import Edit, Student
 from attar.student.packed import (
     pack_student,
     packed,
@@ -22,7 +23,8 @@ from attar.student.packed import (
     save_packed,
     unpack_student,
 )
-from test_student import NETS, WAYS, made, made_by, make_net, no_spec
+from network_fixture import Encoder
+from test_student import IMAGES, NETS, SHAPES, WAYS, made, made_by, make_net, no_spec
 
 
 def equal_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -156,6 +158,64 @@ def test_an_edit_leaves_out_what_its_weights_say():
     assert set(stored) == set(student.module.state_dict())
 
 
+class InRuns(Edit):
+    """Says that a weight is made of vectors."""
+
+    kind = "in-runs-for-a-test"
+
+    def to_json(self):
+        return {}
+
+    @classmethod
+    def from_json(cls, record, tensors):
+        return cls()
+
+    def runs(self):
+        return {"weight": 4}
+
+
+def test_vectors_are_stored_once_each():
+    torch.manual_seed(0)
+    vectors = torch.randn(8, 4)
+    net = nn.Linear(16, 64, bias=False)
+    with torch.no_grad():
+        net.weight.copy_(vectors[torch.randint(0, 8, (256,))].reshape(64, 16))
+    student = Student(net, edits=[InRuns()])
+    assert packed(student).tensors["weight"].form == "runs"
+    assert packed_size(student) < 256 * 3 / 8 + 8 * 4 * 4 + 60 < packed_size(Student(net))
+    back = unpack_student(pack_student(student), build=no_spec, module=nn.Linear(16, 64, False))
+    assert_same(student, back)
+    del Edit.kinds[InRuns.kind]
+
+
+def plain_net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+        nn.Linear(64, 10),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("precision", "group"),
+    [("int8", None), ("int4", None), ("int4", 32), ("float16", None), ("bfloat16", None)],
+)
+@pytest.mark.parametrize("net", [plain_net, Encoder, make_net], ids=["cnn", "encoder", "normed"])
+def test_quantized_weights_are_packed_as_deployed(precision, group, net):
+    torch.manual_seed(0)
+    student = Student(net().eval())
+    traced = {"example": (IMAGES,), "dynamic_shapes": SHAPES}
+    quantized = quantize_weights(student, precision, group=group, **traced)
+    back = unpack_student(pack_student(quantized), build=no_spec, module=net())
+
+    def answers(one: Student) -> torch.Tensor:
+        graph = quantized_reference(one.edits, one.module, (IMAGES,), SHAPES)
+        return graph(IMAGES)
+
+    assert equal_bits(answers(quantized), answers(back))
+    assert pack_student(back) == pack_student(quantized)
+
+
 # --- files
 
 
@@ -217,8 +277,9 @@ def test_tensors_beyond_the_limit_are_refused_before_they_are_made():
     assert len(data) < 60
     with pytest.raises(CheckpointError, match="over the limit of 1,000"):
         read_tensors(data, limit=1000)
+    larger = pack_student(Student(Holding(torch.zeros(1 << 13, 1 << 11))))
     with pytest.raises(CheckpointError, match="belongs to another network"):
-        unpack_student(data, build=no_spec, module=Holding(torch.zeros(3)))
+        unpack_student(larger, build=no_spec, module=Holding(torch.zeros(3)))
 
 
 def test_a_type_without_a_place_is_refused():

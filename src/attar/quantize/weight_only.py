@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn import functional as F
 
@@ -35,6 +36,7 @@ Kernel = Literal["expanded", "matmulnbits"]
 BITS = {"int8": 8, "int4": 4, "float16": 16, "bfloat16": 16}
 HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 FLOAT_BYTES = 4
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,31 @@ class WeightsQuantized(WeightEdit):
     @property
     def has_scales(self) -> bool:
         return self.scheme.precision not in HALVES
+
+    def settled(self, module: nn.Module) -> WeightsQuantized:
+        """Puts the weights where the file has them, so that they pack in as few bits.
+
+        The graph stays the same: what is on its grid already is rounded to itself. Not so where a
+        batch norm may be folded into a weight (its factor is found from the weight, and would
+        differ in its last bit), nor for a weight with a second name, which others may read."""
+        if any(isinstance(part, BATCH_NORMS) for part in module.modules()):
+            return self
+        names = Counter(map(id, dict(module.named_parameters(remove_duplicate=False)).values()))
+        with torch.no_grad():
+            for path in self.weights:
+                weight = module.get_parameter(path)
+                if weight.dtype == torch.float32 and names[id(weight)] == 1:
+                    weight.copy_(self._rounded(path, weight))
+        return WeightsQuantized(self.scheme, self.weights, self.scales, weights_sha256(module))
+
+    def _rounded(self, path: str, weight: Tensor) -> Tensor:
+        """A weight as the file has it; whole zeros without a sign."""
+        if not self.has_scales:
+            return weight.to(HALVES[self.scheme.precision]).float()
+        scale = self.scales[path].to(weight.device)
+        rows = integers(weight, scale, BITS[self.scheme.precision], group=self.scheme.group)
+        on_grid = (rows.float() * scale[..., None]).flatten(1)[:, : weight[0].numel()]
+        return on_grid.reshape(weight.shape) + 0.0
 
     def store(self, graph: GraphModule, held: Held) -> None:
         import attar.runtimes.onnx_operators  # noqa: F401 - has torch.ops.attar

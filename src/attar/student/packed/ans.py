@@ -2,8 +2,8 @@
 
 The coder is a stack (Duda, arXiv:1311.2540): a writer notes what is to be coded, and codes it last
 to first, so that a reader goes first to last. Its state starts at zero, so a stream costs no more
-than its symbols, rounded up to whole bytes. Streams end after `BLOCK` symbols, whence a large file
-is read in little memory; a small one is a single stream.
+than its symbols, rounded up to whole bytes. A stream ends once it has `BLOCK` symbols, whence a
+large file is read in little memory; a small one is a single stream.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from attar.student.packed.damage import damaged
 from attar.student.packed.tables import Table, bits_of, cost, paired, table_of
 
 BLOCK = 1 << 20
+PIECE = 1 << 16
+"""Symbols that are coded at once: they stay in the processor's cache."""
 GROUPED_FROM = 1 << 14
 """From so many symbols on, those of small alphabets are coded two or four at a time."""
 RAW_BITS = 16
@@ -145,7 +147,7 @@ class Writer:
         size, group = len(table), group_of(len(table), symbols.size)
         whole = symbols.size // group * group
         model = model_of(grouped(table, group))
-        for part in _parts(symbols[:whole], BLOCK * group):
+        for part in _parts(symbols[:whole], PIECE * group):
             self._note(part.size // group, model, part, (size, group))
         if whole < symbols.size:
             self._note(symbols.size - whole, model_of(table), symbols[whole:])
@@ -153,13 +155,13 @@ class Writer:
 
     def plain(self, values: np.ndarray) -> None:
         """Bytes as they are."""
-        for part in _parts(values, BLOCK):
+        for part in _parts(values, PIECE):
             self._note(part.size, _uniform(256), part)
         self.bits += 8 * values.size
 
     def each(self, symbols: np.ndarray, tables: np.ndarray) -> None:
         """Symbols with a table each, (n, k): fewer than `BLOCK`."""
-        probabilities = (tables - 1).astype(np.float32)  # exact: below 2 ** 24
+        probabilities = _probabilities(tables)
 
         def encode(coder: Any) -> None:
             family = _model.Categorical(perfect=False)
@@ -227,8 +229,7 @@ class Reader:
         found = np.empty(count, values.dtype)
         many, model = _grouped_values(values, group), model_of(grouped(table, group))
         as_groups = found[:whole].view(many.dtype)
-        for start in range(0, len(as_groups), BLOCK):
-            part = as_groups[start : start + BLOCK]
+        for part in _parts(as_groups, PIECE):
             np.take(many, self._decode(model, len(part)), out=part, mode="clip")
         if whole < count:
             found[whole:] = values[self._decode(model_of(table), count - whole)]
@@ -237,27 +238,37 @@ class Reader:
 
     def plain(self, count: int) -> np.ndarray:
         found = np.empty(count, np.uint8)
-        for part in _parts(found, BLOCK):
+        for part in _parts(found, PIECE):
             part[:] = self._decode(_uniform(256), part.size)
         return found
 
-    def one(self, table: Table) -> int:
-        """A symbol of a table of its own."""
-        return int(self._decode(model_of(table), 1)[0])
+    def each(self, tables: np.ndarray) -> np.ndarray:
+        """A symbol of each table, (n, k): fewer than `BLOCK`."""
+        return self._decode(_model.Categorical(perfect=False), len(tables), _probabilities(tables))
+
+    def in_turn(self, count: int, table: Callable[[], Table], saw: Callable[[int], None]) -> None:
+        """`count` symbols, each by the table that there is once those before it were seen."""
+        for _ in range(count):
+            saw(int(self._coder.decode(model_of(table()), 1)[0]))
+        self._passed(count)
 
     def finish(self) -> None:
         """Raises `CheckpointError` where something is left."""
         if not self._coder.is_empty() or self._streams() is not None:
             raise damaged("there is more in it than its tensors")
 
-    def _decode(self, model: Any, count: int) -> np.ndarray:
-        symbols: np.ndarray = self._coder.decode(model, count)
+    def _decode(self, model: Any, count: int, *parameters: np.ndarray) -> np.ndarray:
+        symbols: np.ndarray = self._coder.decode(model, *(parameters or (count,)))
+        self._passed(count)
+        return symbols
+
+    def _passed(self, count: int) -> None:
+        """Goes on to the next stream after enough symbols."""
         self._count += count
         if self._count >= BLOCK:
             if not self._coder.is_empty():
                 raise damaged("a part of it is longer than what it holds")
             self._open()
-        return symbols
 
     def _open(self) -> None:
         stream = self._streams()
@@ -268,6 +279,11 @@ class Reader:
         padded = bytes(stream) + bytes(-len(stream) % 4)
         self._coder = _Coder(np.frombuffer(padded, "<u4").astype(np.uint32))
         self._count = 0
+
+
+def _probabilities(tables: np.ndarray) -> np.ndarray:
+    """As of `model_of`, a row each; exact, for they are below 2 ** 24."""
+    return (tables - 1).astype(np.float32)
 
 
 def _uniform(size: int) -> Any:

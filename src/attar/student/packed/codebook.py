@@ -14,7 +14,9 @@ from attar.student.packed.grid import LARGEST, find_grid, on_grid, trailing
 LISTED, STEPPED, KINDS = 0, 1, 2
 LIMIT = 4096
 """More different values are no codebook."""
+SORTED = 1 << 14
 SAMPLE = 4096
+PIECE = 1 << 15
 MINUS_ZERO = 1 << 31
 BOTH = 2
 """Of zeros: those with a plus and those with a minus; 0 stands for plus alone, 1 for minus."""
@@ -46,6 +48,19 @@ class Codebook:
             places = np.insert(places, negative, 0)
         return cls(values, places, grid.step)
 
+    def filled(self) -> tuple[Codebook, np.ndarray] | None:
+        """The codebook with the multiples that no weight takes, from the least to the largest, and
+        where its own values are in it; `None` where that is hardly shorter to say."""
+        low, high = int(self.places[0]), int(self.places[-1])
+        size = high - low + 1
+        both = len(np.unique(self.places)) < len(self.places)
+        if self.step is None or both or not len(self.places) < size <= 4 * len(self.places) + 16:
+            return None
+        places = np.arange(low, high + 1)
+        values = on_grid(self.step, places).view(np.uint32)
+        values[self.places - low] = self.values
+        return Codebook(values, places, self.step), self.places - low
+
     def write(self, writer: Writer) -> None:
         writer.number("codebook size", len(self.values) - 1)
         kind = LISTED if self.step is None else STEPPED
@@ -62,8 +77,11 @@ class Codebook:
         first = int(different[0])
         writer.symbol("below zero", int(first < 0), 2)
         writer.number("first place", abs(first))
-        for gap in np.diff(different).tolist():
-            writer.number("gap", gap - 1)
+        gaps = np.diff(different) - 1
+        if len(gaps):
+            writer.symbol("gaps", int(gaps.any()), 2)
+        for gap in gaps.tolist() if gaps.any() else ():
+            writer.number("gap", gap)
 
     @classmethod
     def read(cls, reader: Reader, kind: str) -> Codebook:
@@ -78,8 +96,10 @@ class Codebook:
         sign = -1 if reader.symbol("below zero", 2) else 1
         place = sign * reader.number("first place")
         places = [place]
-        for _ in range(size - 1 - (zeros == BOTH)):
-            place += 1 + reader.number("gap")
+        count = size - 1 - (zeros == BOTH)
+        gaps = reader.symbol("gaps", 2) if count else 0
+        for _ in range(count):
+            place += 1 + (reader.number("gap") if gaps else 0)
             places.append(place)
         if max(abs(places[0]), abs(places[-1])) > LARGEST:
             raise damaged("its values lie too far from zero")
@@ -117,60 +137,60 @@ def _ranks(size: int) -> np.ndarray:
 def few_values(kind: str, bits: np.ndarray) -> tuple[Codebook, np.ndarray] | None:
     """The codebook of a tensor's elements and their indices into it, uint8 or uint16 (n,); `None`
     where they take more than `LIMIT` values, or most of many are values of their own."""
-    values = _different(bits)
-    if values is None or len(values) > max(256, len(bits) // 2):
+    found = _by_sorting(bits) if len(bits) <= SORTED else _by_lookup(bits)
+    if found is None or len(found[0]) > max(256, len(bits) // 2):
         return None
+    values, indices = found
     codebook = Codebook.of(kind, values)
-    return codebook, _indices(bits, codebook.values)
+    place = np.empty(len(values), indices.dtype)
+    order = np.argsort(values)
+    place[order[np.searchsorted(values[order], codebook.values)]] = np.arange(len(values))
+    return codebook, place.take(indices, mode="clip")
 
 
-def _different(bits: np.ndarray) -> np.ndarray | None:
-    if len(bits) <= 1 << 14:
-        values = np.unique(bits)
-        return values if len(values) <= LIMIT else None
+def _by_sorting(bits: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """The different elements, and each one's place among them."""
+    values, indices = np.unique(bits, return_inverse=True)
+    return (values, _small(indices, len(values))) if len(values) <= LIMIT else None
+
+
+def _by_lookup(bits: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """The same for many: by a table of those that a sample has, and those that come up."""
     values = np.unique(bits[:: len(bits) // SAMPLE])
-    while 4 * len(values) <= SAMPLE or len(bits) >= 1 << 24:
-        if len(values) > LIMIT:
-            return None
-        lookup = _Lookup(values)
-        new = lookup.missing(bits)
-        if new is None:
-            return values
-        values = np.union1d(values, new)
-    return None
+    if 4 * len(values) > SAMPLE:
+        return None
+    lookup = _Lookup(values)
+    indices = np.empty(len(bits), np.uint16)
+    for start in range(0, len(bits), PIECE):
+        piece, place = bits[start : start + PIECE], indices[start : start + PIECE]
+        lookup.find(piece, place)
+        wrong = lookup.values.take(place, mode="clip") != piece
+        if wrong.any():
+            values = np.append(lookup.values, np.unique(piece[wrong]))
+            if len(values) > LIMIT:
+                return None
+            lookup = _Lookup(values)
+            lookup.find(piece, place)
+    return lookup.values, _small(indices, len(lookup.values))
 
 
-def _indices(bits: np.ndarray, values: np.ndarray) -> np.ndarray:
-    return _Lookup(values).indices(bits)
+def _small(indices: np.ndarray, size: int) -> np.ndarray:
+    return indices.astype(np.uint8 if size <= 256 else np.uint16)
 
 
 class _Lookup:
     """Places of elements among a few known ones, by a hash that tells these apart."""
 
-    PIECE = 1 << 16
-
     def __init__(self, values: np.ndarray) -> None:
         self.values = values
         self._width = 8 * values.itemsize
         self._factor, self._kept = self._hash()
-        self._table = np.zeros(1 << self._kept, np.uint8 if len(values) <= 256 else np.uint16)
+        self._table = np.zeros(1 << self._kept, np.uint16)
         self._table[self._hashed(values)] = np.arange(len(values))
 
-    def indices(self, bits: np.ndarray) -> np.ndarray:
-        found = np.empty(len(bits), self._table.dtype)
-        for start in range(0, len(bits), self.PIECE):
-            piece = slice(start, start + self.PIECE)
-            np.take(self._table, self._hashed(bits[piece]), out=found[piece], mode="clip")
-        return found
-
-    def missing(self, bits: np.ndarray) -> np.ndarray | None:
-        """Elements that aren't among the values: all of the first piece that has any."""
-        for start in range(0, len(bits), self.PIECE):
-            piece = bits[start : start + self.PIECE]
-            known = self.values[self._table[self._hashed(piece)]] == piece
-            if not known.all():
-                return np.unique(piece[~known])
-        return None
+    def find(self, bits: np.ndarray, places: np.ndarray) -> None:
+        """Fills in the places; those of unknown elements are wrong."""
+        self._table.take(self._hashed(bits), out=places, mode="clip")
 
     def _hash(self) -> tuple[int, int]:
         if self._width <= 16:

@@ -20,6 +20,7 @@ from attar.student.packed.damage import damaged
 MAGIC = b"ATR"
 VERSION = 1
 LARGEST_HEADER = 1 << 24
+MOST_TENSORS = 1 << 16
 START = 8
 DICTIONARY = (
     b'[{"spec":{"model":"cifar-resnet20","arguments":{"image_size":28},"channels":1,"classes":10,'
@@ -31,7 +32,7 @@ DICTIONARY = (
     b'"patterns":{}}]},["features.","layer1.0.","downsample.0.","classifier.","self_attn.in_proj_",'
     b'"blocks.0.","norm1.","encoder.","bn1.weight","bn1.bias","bn1.running_mean",'
     b'"bn1.running_var","bn1.num_batches_tracked","conv2.weight","conv2.bias","fc.weight","fc.bias",'
-    b'"linear1.weight","linear1.bias","linear2.weight","linear2.bias"]]'
+    b'"linear1.weight","linear1.bias","linear2.weight","linear2.bias"],[]]'
 )
 
 
@@ -82,6 +83,8 @@ def _header(text: bytes) -> Header:
     )
     if not fits or any(len(set(names)) != len(names) for names in header[1:]):
         raise damaged("its header has no record, or no names")
+    if len(header.weights) + len(header.edits) > MOST_TENSORS:
+        raise damaged(f"it has more than {MOST_TENSORS:,} tensors")
     return header
 
 

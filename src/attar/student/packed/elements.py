@@ -33,6 +33,8 @@ TYPES = {
 }
 """Bytes an element, and whether it is a float, a signed or an unsigned integer."""
 NAMES = tuple(TYPES)
+PLACES = 32
+"""Types that there is room for in the file."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ import numpy as np
 LARGEST = 1 << 23
 """Multiples up to here are told apart exactly."""
 DIVISORS = 64
+SURE = 1 << 10
+"""Multiples up to here show at once whether a step is wrong."""
 
 
 class Grid(NamedTuple):
@@ -37,8 +39,11 @@ def find_grid(values: np.ndarray) -> Grid | None:
     if not np.isfinite(exact).all() or not exact.any():
         return None
     closest = float(np.diff(np.unique(np.append(np.abs(exact), 0.0))).min())
-    for divisor in range(1, DIVISORS + 1):
-        if found := _around(closest / divisor, values, exact):
+    steps = closest / np.arange(1, DIVISORS + 1)
+    places = np.abs(exact) / steps[:, None]
+    off = np.abs(places - np.rint(places)) * (places < SURE)
+    for step in steps[off.max(1) < 0.1]:
+        if found := _around(float(step), values, exact):
             return found
     return None
 

@@ -26,9 +26,11 @@ from attar.student.packed.ans import Reader, Writer
 from attar.student.packed.damage import damaged
 from attar.student.packed.tables import TOTAL, Table, bits_of, cost, table_of
 
-COUNTED, DECAYING, EARLIER, KINDS = 0, 1, 2, 3
+COUNTED, DECAYING, EARLIER, KINDS = 0, 1, 2, 4
 LEARNING_UP_TO = 4096
-"""Symbols that may be coded by a table that moves: it is slow, and little is gained beyond."""
+LEARNT_SYMBOLS = 512
+"""Symbols that may be coded by a table that moves, and of how large an alphabet: it is slow, and
+little is gained beyond."""
 STRENGTHS = (0, 4, 8, 16, 32, 64, 128, 256)
 MANTISSAS = 8
 RATES = 56
@@ -50,7 +52,18 @@ class Symbols:
 
     @classmethod
     def of(cls, values: np.ndarray, places: np.ndarray) -> Symbols:
-        return cls(values, places, np.bincount(values, minlength=len(places)))
+        return cls(values, places, _counted(values, len(places)))
+
+
+def _counted(values: np.ndarray, size: int) -> np.ndarray:
+    """How many there are of each; bytes two at a time."""
+    if values.dtype != np.uint8 or len(values) < 1 << 16:
+        return np.bincount(values, minlength=size)
+    whole = len(values) // 2 * 2
+    pairs = np.bincount(values[:whole].view(np.uint16), minlength=1 << 16).reshape(256, 256)
+    counts: np.ndarray = pairs.sum(0) + pairs.sum(1)
+    counts[values[whole:]] += 1
+    return counts[:size]
 
 
 class Models:
@@ -63,7 +76,7 @@ class Models:
         """The table, how fast it learns, and the symbols, in the fewest bits."""
         if len(symbols.places) == 1:
             return
-        few = len(symbols.values) <= LEARNING_UP_TO
+        few = _may_learn(len(symbols.values), len(symbols.places))
         strengths = STRENGTHS if few else STRENGTHS[:1]
         _, learning, fork, table = min(
             (
@@ -91,7 +104,8 @@ class Models:
             return np.full(count, values[0])
         table = self._read_table(reader, places)
         self._remember(table)
-        learning = reader.symbol("learning", len(STRENGTHS)) if count <= LEARNING_UP_TO else 0
+        few = _may_learn(count, len(places))
+        learning = reader.symbol("learning", len(STRENGTHS)) if few else 0
         if not learning:
             return reader.array(count, table, values)
         return values[_learnt(reader, count, table, STRENGTHS[learning])]
@@ -131,7 +145,7 @@ class Models:
         if kind == DECAYING:
             return Decay.read(reader, places).table(places)
         back = reader.symbol("earlier", EARLIER_MODELS)
-        if back >= len(self.known) or len(self.known[back]) != len(places):
+        if kind != EARLIER or back >= len(self.known) or len(self.known[back]) != len(places):
             raise damaged("it refers to a table that isn't there")
         return self.known[back]
 
@@ -143,7 +157,7 @@ def write_counted(writer: Writer, counts: np.ndarray, mantissa: int) -> Table:
     """Counts as small floats of `mantissa` bits, each as its distance from the one before: their
     bits, as integers, rise as they do."""
     writer.symbol("mantissa", mantissa, MANTISSAS)
-    codes = _as_codes(counts, mantissa)
+    codes = as_codes(counts, mantissa)
     steps = np.diff(codes, prepend=0)
     symbols = np.where(steps < 0, -2 * steps - 1, 2 * steps)
     used = np.bincount(symbols)
@@ -151,7 +165,7 @@ def write_counted(writer: Writer, counts: np.ndarray, mantissa: int) -> Table:
     rate = int(np.argmin(_step_bits(mantissa)[:, : len(used)] @ used))
     writer.symbol("steps", rate, RATES)
     writer.array(symbols, tables[rate], np.bincount(symbols, minlength=tables.shape[1]))
-    return table_of(_as_counts(codes, mantissa))
+    return table_of(as_counts(codes, mantissa))
 
 
 def read_counted(reader: Reader, size: int) -> Table:
@@ -162,16 +176,17 @@ def read_counted(reader: Reader, size: int) -> Table:
     codes = steps.cumsum()
     if codes.min() < 0 or codes.max() > 38 << mantissa or not codes.any():
         raise damaged("a table counts more than there is, or nothing")
-    return table_of(_as_counts(codes, mantissa))
+    return table_of(as_counts(codes, mantissa))
 
 
-def _as_codes(counts: np.ndarray, mantissa: int) -> np.ndarray:
+def as_codes(counts: np.ndarray, mantissa: int) -> np.ndarray:
+    """Integers as small floats of `mantissa` bits after the first, which are integers again."""
     lengths = np.frexp(counts.astype(np.float64))[1].astype(np.int64)
     shift = np.maximum(lengths - 1 - mantissa, 0)
     return (shift << mantissa) + (counts >> shift)
 
 
-def _as_counts(codes: np.ndarray, mantissa: int) -> np.ndarray:
+def as_counts(codes: np.ndarray, mantissa: int) -> np.ndarray:
     """Numbers in the middle of what has these codes."""
     shift = np.maximum((codes >> mantissa) - 1, 0)
     return (codes - (shift << mantissa) << shift) + (1 << shift >> 1)
@@ -330,6 +345,10 @@ def expected(counts: np.ndarray, table: Table, strength: int) -> float:
     return float(gammaln(counts.sum() + strength) - gammaln(strength) - gained) / log(2)
 
 
+def _may_learn(count: int, size: int) -> bool:
+    return count <= LEARNING_UP_TO and size <= LEARNT_SYMBOLS
+
+
 def flat_bits(counts: np.ndarray) -> float:
     """What symbols cost about which nothing is known at first: hardly less by any table."""
     flat = np.full(len(counts), TOTAL / len(counts))
@@ -352,8 +371,11 @@ def learning_tables(symbols: Symbols, start: Table, strength: int) -> np.ndarray
 
 def _learnt(reader: Reader, count: int, start: Table, strength: int) -> np.ndarray:
     weights = start * strength
-    found = np.empty(count, np.int64)
-    for place in range(count):
-        found[place] = symbol = reader.one(table_of(weights))
+    found: list[int] = []
+
+    def saw(symbol: int) -> None:
+        found.append(symbol)
         weights[symbol] += TOTAL
-    return found
+
+    reader.in_turn(count, lambda: table_of(weights), saw)
+    return np.array(found, np.int64)

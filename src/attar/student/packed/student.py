@@ -71,7 +71,9 @@ def packed(student: Student) -> Packed:
         record["edits"] = [_short_record(each, promise) for each in records]
     elements = [Elements.of(name, tensor) for name, tensor in {**weights, **beside}.items()]
     writer = Writer()
-    stored = coded.write_tensors(writer, elements)
+    runs = {path: run for edit in student.edits for path, run in edit.runs().items()}
+    lengths = [*(runs.get(name, 1) for name in weights), *(1 for _ in beside)]
+    stored = coded.write_tensors(writer, elements, lengths)
     data = seal(Header(record, list(weights), list(beside)), writer.finish())
     return Packed(data, dict(zip([*weights, *beside], stored, strict=True)))
 
@@ -127,8 +129,9 @@ def _settled(student: Student) -> Student:
     if not student.edits:
         return student
     student = student.copy()
-    student.edits = [edit.settled(student.module) for edit in student.edits]
-    return student
+    # the last first: a quantization moves the weights that a codebook before it then counts
+    settled = [edit.settled(student.module) for edit in reversed(student.edits)]
+    return Student(student.module, student.spec, settled[::-1])
 
 
 def _said(edit: Edit, record: dict[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,8 +11,8 @@ import numpy as np
 from attar.errors import CheckpointError
 from attar.student.packed.ans import Reader, Writer
 from attar.student.packed.damage import damaged
-from attar.student.packed.elements import NAMES, Elements, width_of
-from attar.student.packed.forms import Context, read_elements, write_elements
+from attar.student.packed.elements import NAMES, PLACES, Elements, width_of
+from attar.student.packed.forms import Block, read_block, write_block
 from attar.student.packed.models import Models
 
 RECENT = 15
@@ -72,9 +72,10 @@ class _Shapes:
         self._recent = [size, *others][:RECENT]
 
 
-def write_tensors(writer: Writer, tensors: Sequence[Elements]) -> list[Stored]:
-    """Notes the tensors, and says how each is stored."""
-    shapes, context, stored = _Shapes(), Context(Models()), []
+def write_tensors(writer: Writer, tensors: Sequence[Elements], runs: Sequence[int]) -> list[Stored]:
+    """Notes the tensors, and says how each is stored. runs: the length of each one's runs, of which
+    only a few different ones occur; 1 where it has none."""
+    shapes, models, stored = _Shapes(), Models(), []
     for place, elements in enumerate(tensors):
         before = writer.bits
         twin = _twin(tensors[:place], elements)
@@ -84,9 +85,10 @@ def write_tensors(writer: Writer, tensors: Sequence[Elements]) -> list[Stored]:
             writer.number("same as", place - 1 - twin)
             stored.append(Stored("same", writer.bits - before, elements.shape))
             continue
-        writer.symbol("type", NAMES.index(elements.type), len(NAMES))
+        writer.symbol("type", NAMES.index(elements.type), PLACES)
         shapes.write(writer, elements.shape)
-        form = write_elements(writer, elements, context)
+        block = Block(elements.type, elements.bits, elements.shape, runs[place])
+        form = write_block(writer, block, models)
         stored.append(Stored(form, writer.bits - before, elements.shape))
     return stored
 
@@ -96,7 +98,7 @@ def read_tensors(reader: Reader, count: int, limit: int) -> Iterator[Elements]:
 
     Raises `CheckpointError` before more is allocated, and for what can't be.
     """
-    shapes, context = _Shapes(), Context(Models())
+    shapes, models = _Shapes(), Models()
     found: list[Elements] = []
     taken = 0
     for place in range(count):
@@ -107,15 +109,18 @@ def read_tensors(reader: Reader, count: int, limit: int) -> Iterator[Elements]:
             found.append(found[place - 1 - back])
             yield found[-1]
             continue
-        kind = NAMES[reader.symbol("type", len(NAMES))]
+        number = reader.symbol("type", PLACES)
+        if number >= len(NAMES):
+            raise damaged("it has a tensor of unknown type")
+        kind = NAMES[number]
         shape = shapes.read(reader)
-        taken += prod(shape) * width_of(kind)
+        taken += prod(size or 1 for size in shape) * width_of(kind)
         if taken > limit:
             raise CheckpointError(
                 f"the packed student's tensors take {taken:,} bytes or more, over the limit of "
                 f"{limit:,}: it is damaged, or belongs to another network"
             )
-        found.append(Elements(kind, shape, read_elements(reader, kind, prod(shape), context)))
+        found.append(Elements(kind, shape, read_block(reader, kind, shape, models)))
         yield found[-1]
     reader.finish()
 
