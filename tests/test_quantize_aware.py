@@ -26,7 +26,6 @@ from attar.prune import Masked
 from attar.quantize import Quantized, Scheme, quantize, quantize_weights, quantized_reference
 from attar.quantize.aware import QuantizationAware, quantize_aware
 from attar.quantize.graph import capture, folds, tensors_of
-from attar.training.learned_steps import grown, on_learned_grid
 from attar.quantize.on_grid import OnGrid, OnLearnedGrid, layer_weights
 from attar.quantize.training_graph import TrainingGraph
 from attar.runtimes.onnxruntime import OnnxRuntime
@@ -36,6 +35,7 @@ from attar.stages.base import Context
 from attar.student import Student
 from attar.tasks.image_classification import ImageClassification
 from attar.training.config import Optimizer, Training
+from attar.training.learned_steps import grown, on_learned_grid
 from attar.training.loop import make_optimizer, train
 from attar.training.objective import TaskObjective
 from attar.training.stand_in import StandIn

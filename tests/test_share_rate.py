@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 from attar.errors import AttarError, UsageError
 from attar.prune import criteria, prune_weights

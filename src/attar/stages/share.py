@@ -81,8 +81,9 @@ class Share(Stage):
     """Of `kmeans`: layers that share runs of weights instead of single ones."""
     gradient: Literal["mean", "sum"] = "mean"
     """Of `kmeans`: what a shared value's gradient is made of, its weights' mean or their sum."""
-    temperature: float = Field(0.1, gt=0, allow_inf_nan=False)
-    """Of `dkm`: how softly weights choose their value, relative to their mean square."""
+    temperature: float = Field(0.6, gt=0, allow_inf_nan=False)
+    """Of `dkm`: how softly weights choose their value at first, relative to their mean square over
+    the number of values; it falls thirtyfold while training."""
     rate: Rate | list[Rate] | None = None
     """Of `rate`: the loss that a kilobyte is worth. A list: as of `bits`."""
     size: Annotated[int, BeforeValidator(parse_size), Field(ge=1)] | None = None

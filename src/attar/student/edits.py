@@ -85,11 +85,6 @@ class Edit(ABC):
         """The disposable graph to export in the module's stead (a quantized one); `None`: none."""
         return None
 
-    def runs(self) -> dict[str, int]:
-        """By parameter path: the length of runs of weights, contiguous in the flattened tensor, of
-        which only a few different ones occur (vector codebooks)."""
-        return {}
-
     def summary(self) -> str:
         """One line for people."""
         return self.kind

@@ -25,8 +25,9 @@ def fewest_bits(stage: Share, student: Student, run: Context) -> int | None:
         curve.append({"bits": bits, "bytes": packed_size(trial)})
         return trial.module
 
-    fewest: int | None
-    fewest, run.found["tried"] = search(run, "bits", list(range(8, 0, -1)), attempt)
+    candidates: list[int] = list(range(8, 0, -1))
+    found = search(run, "bits", candidates, attempt)
+    fewest, run.found["tried"] = found
     for point, trial in zip(curve, run.found["tried"], strict=True):
         point |= {"metric": trial["metric"], "chosen": trial["value"] == fewest}
     run.found["curve"] = curve
