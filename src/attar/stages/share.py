@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+import attar.share  # noqa: F401 - its edits' kinds are known once it is
 from attar.stages.base import Context, Stage, stages
 from attar.stages.recovery import Recovery
 from attar.student import Student
