@@ -58,4 +58,4 @@ def on_grid(values: Tensor, steps: float) -> Tensor:
     step = (values.double().square().mean().sqrt() / steps).bfloat16().float()
     if not step > 0:
         return values.float()
-    return (values.float() / step).round() * step
+    return (values.float() / step).round() * step + 0.0  # no -0.0, which would cost a bit

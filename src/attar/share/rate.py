@@ -136,7 +136,7 @@ class RateDistortion(Reweighted):
             finite(weight, path)
             step = self._step(path, weight.numel())
             before = weight.clone()
-            weight.copy_(on_learned_grid(weight, step, -LARGEST, LARGEST))
+            weight.copy_(on_learned_grid(weight, step, -LARGEST, LARGEST) + 0.0)  # no -0.0
             codebook = _as_it_is(weight, before)
             assignments[path] = Assignment.of(codebook)
             size = len(codebook.values)
