@@ -185,6 +185,23 @@ class Shared(Edit):
                 packed |= {p: pack(r, bits) for p, r in zip(paths, ranks, strict=True)}
         return packed
 
+    @classmethod
+    def shortened(cls, record: dict[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Only the tensors' names, where each has one codebook of all the values that it takes."""
+        entries = record["tensors"]
+        if any(entry != _entry(weights[path]) for path, entry in entries.items()):
+            return record
+        return {**record, "tensors": list(entries)}
+
+    @classmethod
+    def lengthened(cls, record: dict[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
+        paths = record["tensors"]
+        if isinstance(paths, dict):
+            return record
+        if missing := [path for path in paths if path not in weights]:
+            raise CheckpointError(f"the student's shared tensor {missing[0]} is missing")
+        return {**record, "tensors": {path: _entry(weights[path]) for path in paths}}
+
     def runs(self) -> dict[str, int]:
         """The length of the vectors, by path, of tensors that share vectors."""
         return {path: a.length for path, a in self.assignments.items() if a.length > 1}
@@ -355,6 +372,14 @@ def _place_of_zero(
         if zeros.any():
             return 0 if assignment.channels else int(places.flatten()[zeros][0])
     return None
+
+
+def _entry(weight: Tensor) -> dict[str, Any]:
+    """The record of a tensor that has one codebook, of all the values that it takes."""
+    values = weight.unique()
+    zero = (values == 0).nonzero().flatten().tolist()
+    entry = {"size": len(values), "shape": list(weight.shape)}
+    return entry | {"zero": zero[0] if zero else None}
 
 
 def _assignment(path: str, entry: dict[str, Any], packed: Tensor | None) -> Assignment:

@@ -71,6 +71,16 @@ class Edit(ABC):
         packed file leaves them out where they are the same bit for bit."""
         return {}
 
+    @classmethod
+    def shortened(cls, record: dict[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
+        """`to_json`'s record without what follows from the state dict: what a packed file holds."""
+        return record
+
+    @classmethod
+    def lengthened(cls, record: dict[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The record that was shortened. Raises `CheckpointError` where weights are missing."""
+        return record
+
     def runs(self) -> dict[str, int]:
         """By parameter path, the length of runs of weights, one after the other in the flattened
         tensor, of which only a few different ones occur (a codebook of vectors)."""
@@ -103,6 +113,20 @@ def implied_tensors(record: dict[str, Any], weights: Mapping[str, Tensor]) -> di
     kind = _kind_of(record)
     with _damage_said(kind):
         return Edit.kinds[kind].implied(record, weights)
+
+
+def shortened(record: dict[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What `Edit.shortened` makes of a record. Raises as `edit_from`."""
+    kind = _kind_of(record)
+    with _damage_said(kind):
+        return Edit.kinds[kind].shortened(record, weights)
+
+
+def lengthened(record: dict[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What `Edit.lengthened` makes of a record. Raises as `edit_from`."""
+    kind = _kind_of(record)
+    with _damage_said(kind):
+        return Edit.kinds[kind].lengthened(record, weights)
 
 
 def _kind_of(record: Any) -> str:

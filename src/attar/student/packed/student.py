@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from attar.models.base import ModelSpec
 from attar.models.building import shapes_of
-from attar.student.edits import Edit, edit_from, implied_tensors
+from attar.student.edits import Edit, edit_from, implied_tensors, lengthened, shortened
 from attar.student.fingerprint import tensors_sha256
 from attar.student.packed import tensors as coded
 from attar.student.packed.ans import Reader, Writer
@@ -68,7 +68,7 @@ def packed(student: Student) -> Packed:
     record: dict[str, Any] = {"spec": _short_spec(student.spec)} if student.spec else {}
     if records:
         promise = tensors_sha256(weights)
-        record["edits"] = [_short_record(each, promise) for each in records]
+        record["edits"] = [_short_record(each, promise, weights) for each in records]
     elements = [Elements.of(name, tensor) for name, tensor in {**weights, **beside}.items()]
     writer = Writer()
     runs = {path: run for edit in student.edits for path, run in edit.runs().items()}
@@ -161,7 +161,7 @@ def _edits(
     promise = tensors_sha256(weights) if records else ""
     edits = []
     for place, short in enumerate(records):
-        long = _long_record(short, promise)
+        long = _long_record(short, promise, weights)
         prefix = f"{place}/"
         own = {k.removeprefix(prefix): t for k, t in beside.items() if k.startswith(prefix)}
         edits.append(edit_from(long, {**implied_tensors(long, weights), **own}))
@@ -188,11 +188,14 @@ def _network(
     return spec, network
 
 
-def _short_record(record: dict[str, Any], promise: str) -> dict[str, Any]:
-    return record | ({"weights_sha256": True} if record.get("weights_sha256") == promise else {})
+def _short_record(
+    record: dict[str, Any], promise: str, weights: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    short = shortened(record, weights)
+    return short | ({"weights_sha256": True} if record.get("weights_sha256") == promise else {})
 
 
-def _long_record(record: Any, promise: str) -> Any:
+def _long_record(record: Any, promise: str, weights: Mapping[str, Tensor]) -> Any:
     if isinstance(record, dict) and record.get("weights_sha256") is True:
-        return record | {"weights_sha256": promise}
-    return record
+        record = record | {"weights_sha256": promise}
+    return lengthened(record, weights)
