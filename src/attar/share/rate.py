@@ -38,6 +38,8 @@ FIRST_RATE = 0.01
 """The loss that all weights are worth at first, where their size is given."""
 INTEGRAL, PROPORTIONAL = 80.0, 2.0
 """How far the rate's logarithm moves by an excess of the size's, over a training and at once."""
+MOST = 10.0
+"""The loss that all weights may be worth at most, or there would be no answers left to train."""
 FIRST_GAIN, LARGEST_GAIN = 0.02, 0.2
 """How much of it in a step: of the first epoch, whose length isn't known, and at most."""
 GAUSSIAN = 0.5 * math.log2(2 * math.pi * math.e)
@@ -180,8 +182,10 @@ class Pressure(nn.Module):
         aim = self._first * (self._last / self._first) ** ramp
         excess = math.log(max(kilobytes, 1e-9) / aim)
         self.log_rate += float(self.gain) * max(-1.0, min(1.0, excess))
+        self.log_rate.clamp_(max=math.log(MOST / max(kilobytes, 1e-9)))
         self.steps += 1
-        return math.exp(float(self.log_rate) + PROPORTIONAL * excess)
+        rate = math.exp(float(self.log_rate) + PROPORTIONAL * excess)
+        return min(rate, MOST / max(kilobytes, 1e-9))
 
 
 def codable(network: nn.Module, exclude: Iterable[str] = ()) -> dict[str, list[str]]:
