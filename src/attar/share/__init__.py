@@ -7,6 +7,7 @@ Works without a recipe: `share_weights(module, bits=4)` shares in place and retu
 from attar.share.codebook import Codebook, cluster
 from attar.share.dkm import DifferentiableKMeans
 from attar.share.edit import Assignment, Shared
+from attar.share.folding import NormsFolded, fold_norms
 from attar.share.hashed import Hashed, hash_student, hash_weights
 from attar.share.importance import fisher_importance
 from attar.share.kmeans import Clustering, kmeans
@@ -21,6 +22,7 @@ __all__ = [
     "Codebook",
     "DifferentiableKMeans",
     "Hashed",
+    "NormsFolded",
     "RateDistortion",
     "Shared",
     "Sharing",
@@ -29,6 +31,7 @@ __all__ = [
     "cluster_vectors",
     "codable",
     "fisher_importance",
+    "fold_norms",
     "hash_student",
     "hash_weights",
     "kmeans",

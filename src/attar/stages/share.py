@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-import attar.share  # noqa: F401 - its edits' kinds are known once it is
+from attar.share import fold_norms
 from attar.stages.base import Context, Stage, stages
 from attar.stages.recovery import Recovery
 from attar.student import Student
@@ -89,6 +89,8 @@ class Share(Stage):
     """Of `rate`: the loss that a kilobyte is worth. A list: as of `bits`."""
     size: Annotated[int, BeforeValidator(parse_size), Field(ge=1)] | None = None
     """Of `rate`, instead: the packed file's bytes, as `20KB`; the rate is found in training."""
+    fold: bool = False
+    """First fold batch norms into the convolutions before them, which have biases instead."""
     norms: int = Field(8, ge=4, le=16)
     """Of `rate`: about how many bits each number of a batch norm is rounded to afterwards."""
     ratio: float | None = Field(None, gt=0, lt=1)
@@ -149,6 +151,9 @@ class Share(Stage):
         from attar.stages.sharing.choosing import fewest_bits, smallest
 
         run.found["method"] = self.method
+        if self.fold:
+            student = student.edited(fold_norms(student.module.eval()))
+            student.check()
         if self.sweep is not None:
             return smallest(self, student, run, *self.sweep)
         if self.bits != "auto" or self.values is not None:
