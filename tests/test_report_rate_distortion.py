@@ -154,6 +154,13 @@ def test_the_limit_lies_between_what_keeps_it_and_what_does_not(tmp_path):
     assert drawn["final"][1] < float(line[0]) < drawn["stage"][1]
 
 
+def test_what_breaks_the_limit_is_below_it_however_far(tmp_path):
+    for svg in section(tmp_path, by_rate())["curve"]["picture"]["svg"].values():
+        (line,) = re.findall(r'y1="([\d.]+)" x2="[\d.]+" y2="[\d.]+" class="limit"', svg)
+        heights = [float(y) for y in re.findall(r'<circle cx="[\d.]+" cy="([\d.]+)"', svg)]
+        assert heights[0] > float(line) > heights[1] > heights[2]
+
+
 def test_the_table_says_the_same_as_the_picture_smallest_file_first(tmp_path):
     rows = section(tmp_path, by_rate())["curve"]["rows"]
     shown = [(r["value"], r["size"], r["metric"], r["drop"], r["verdict"]) for r in rows]

@@ -66,6 +66,8 @@ def scatter(
     that it doesn't flatten the rest.
     """
     floor = _floor(points)
+    if y_limit is not None:  # what breaks it is drawn beyond it
+        floor = min(floor, y_limit - 0.15 * abs(max(p.y for p in points) - y_limit))
     frame = Box(52, 30, width - 14, height - 44)
     xs = [p.x for p in points] + [p.x_high or p.x for p in points] + ([limit] if limit else [])
     x = Axis(min(xs) / 1.35, max(xs) * 1.35, frame.left, frame.right, log=True)
