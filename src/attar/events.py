@@ -9,7 +9,8 @@ Events, by `event`, and their fields:
 - `epoch`: label, epoch (from 1), epochs, loss, terms (name to value), metric (name, unit,
   value; on validation), lr, seconds, eta_s, best (whether this epoch is the best so far).
 - `trial`: of a search (`ratio: auto`): setting, value, metric, drop, kept (whether the budget
-  holds).
+  holds). Of a list that is tried too, with bytes (the packed file's); there drop and kept are
+  `None` where there is no teacher, kept also where there is no budget.
 - `cell`: of a sensitivity analysis: name (of its layers), ratio, drop, done, of (how many are
   measured, of how many).
 - `row`: row, a ledger row as in `ledger.json`.

@@ -54,6 +54,7 @@ class Screen:
         self._progress = _Progress()
         self._live: Live | None = None
         self._teacher: dict[str, Any] = {}
+        self._unit = "fraction"
 
     def __enter__(self) -> Screen:
         return self
@@ -112,11 +113,7 @@ class Screen:
             self._print(f"  {self._progress.words()}")
 
     def _trial(self, event: dict[str, Any]) -> None:
-        verdict = "keeps the budget" if event["kept"] else "too much"
-        drop = numbers.difference(event["drop"])
-        self._print(
-            f"  tried {event['setting']} = {event['value']}: drop {drop}, {verdict}", style="dim"
-        )
+        self._print(f"  {trial_line(event, self._unit)}", style="dim")
 
     def _cell(self, event: dict[str, Any]) -> None:
         self._progress.cell(event)
@@ -127,6 +124,7 @@ class Screen:
         row = event["row"]
         if not self._teacher:
             self._teacher = row
+            self._unit = row["metric"]["unit"]
             self._print(_columns([name for name, _ in COLUMNS]), style="dim")
         self._print(_columns(_cells(row, self._teacher)), style="bold")
         self._progress.rest()
@@ -206,6 +204,24 @@ class _Progress:
         elif self.stage:
             grid.add_row(f"{escape(self.stage)} …")
         return grid
+
+
+def trial_line(event: dict[str, Any], unit: str = "fraction") -> str:
+    """A `trial` event in words. unit: of the metric.
+
+    Example:
+        >>> trial_line({"setting": "bits", "value": 3, "bytes": 4210, "metric": 0.97,
+        ...             "drop": 0.01, "kept": True})
+        'tried bits = 3: 4.21 KB packed, drop 1.00, keeps the budget'
+    """
+    said = [f"{numbers.size(event['bytes'])} packed"] if "bytes" in event else []
+    if event["drop"] is None:
+        said.append(f"metric {numbers.metric(event['metric'], unit)}")
+    else:
+        said.append(f"drop {numbers.difference(event['drop'], unit)}")
+    if event["kept"] is not None:
+        said.append("keeps the budget" if event["kept"] else "too much")
+    return f"tried {event['setting']} = {event['value']}: {', '.join(said)}"
 
 
 def budget_line(figure: dict[str, Any]) -> str:

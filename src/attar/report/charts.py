@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from attar import numbers
 from attar.report.drawing import (
     TEXT,
+    WIDTHS,
     Axis,
     Box,
     circle,
@@ -52,20 +54,26 @@ def scatter(
     show_x: Callable[[float], str],
     show_y: Callable[[float], str],
     limit: float | None = None,
+    y_limit: float | None = None,
+    joined: bool = False,
     width: int = 560,
     height: int = 380,
 ) -> Markup:
     """Points over a logarithmic x and a linear y, labelled, with their bars.
 
-    limit: an x that the person set, drawn as a line. A point far below the others is drawn at the
-    lower edge with an arrow and its value, so that it doesn't flatten the rest.
+    limit, y_limit: an x and a y that the person set, drawn as lines. joined: by a line, in order
+    of x. A point far below the others is drawn at the lower edge with an arrow and its value, so
+    that it doesn't flatten the rest.
     """
     floor = _floor(points)
+    if y_limit is not None:  # what breaks it is drawn beyond it
+        floor = min(floor, y_limit - 0.15 * abs(max(p.y for p in points) - y_limit))
     frame = Box(52, 30, width - 14, height - 44)
     xs = [p.x for p in points] + [p.x_high or p.x for p in points] + ([limit] if limit else [])
     x = Axis(min(xs) / 1.35, max(xs) * 1.35, frame.left, frame.right, log=True)
-    lows = [max(floor, p.y if p.low is None else p.low) for p in points]
-    highs = [p.y if p.high is None else p.high for p in points]
+    asked = [y_limit] if y_limit is not None else []
+    lows = [max(floor, p.y if p.low is None else p.low) for p in points] + asked
+    highs = [p.y if p.high is None else p.high for p in points] + asked
     pad = 0.08 * (max(highs) - min(lows)) or 0.01
     y = Axis(min(lows) - pad, max(highs) + pad, frame.bottom, frame.top)
     places = [(x(p.x), y(max(p.y, floor))) for p in points]
@@ -79,10 +87,43 @@ def scatter(
             _grid(x, y, frame, show_x, show_y),
             named_axes(frame, x_label, y_label, height),
             _limit_line(limit, x, frame),
+            _y_limit_line(y_limit, y, frame),
+            _path(places) if joined else Markup(""),
             *marks,
             *_labelled(points, labels, places, frame),
         ],
     )
+
+
+def both_widths(
+    points: Sequence[Point],
+    title: str,
+    x_label: str,
+    y_label: str,
+    show_x: Callable[[float], str],
+    unit: str,
+    limit: float | None = None,
+    *,
+    y_limit: float | None = None,
+    joined: bool = False,
+) -> dict[str, Markup]:
+    """The same scatter plot for wide and for narrow screens. unit: of the metric, which y is."""
+    return {
+        kind: scatter(
+            points,
+            title=title,
+            x_label=x_label,
+            y_label=y_label,
+            show_x=show_x,
+            show_y=lambda v: numbers.tick(v, unit),
+            limit=limit,
+            y_limit=y_limit,
+            joined=joined,
+            width=width,
+            height=height,
+        )
+        for kind, (width, height) in WIDTHS.items()
+    }
 
 
 def curve(
@@ -148,6 +189,18 @@ def _limit_line(limit: float | None, x: Axis, frame: Box) -> Markup:
     left = x(limit) > (frame.left + frame.right) / 2
     place = x(limit) + (-5 if left else 5)
     return line + text(place, frame.top + 10, "budget", "limit-text", "end" if left else "start")
+
+
+def _y_limit_line(limit: float | None, y: Axis, frame: Box) -> Markup:
+    if limit is None:
+        return Markup("")
+    line = segment(frame.left, y(limit), frame.right, y(limit), "limit")
+    return line + text(frame.left + 4, y(limit) - 5, "budget", "limit-text")
+
+
+def _path(places: Sequence[tuple[float, float]]) -> Markup:
+    points = " ".join(f"{px:.1f},{py:.1f}" for px, py in sorted(places))
+    return Markup('<polyline class="joined" points="{}"/>').format(points)
 
 
 def _mark(point: Point, place: tuple[float, float], x: Axis, y: Axis, floor: float) -> Markup:

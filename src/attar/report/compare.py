@@ -8,7 +8,7 @@ from typing import Any
 
 from attar import numbers
 from attar.report import sections, verdict
-from attar.report.charts import Point
+from attar.report.charts import Point, both_widths
 from attar.report.page import render
 from attar.report.record import RunRecord, read_run
 
@@ -73,7 +73,7 @@ def _pictures(runs: Sequence[RunRecord], names: Sequence[str]) -> list[dict[str,
         ]
         if len(points) >= 2:
             title = f"{metric.capitalize()} against {against}"
-            svg = sections.both_widths(points, title, label, metric, show, unit)
+            svg = both_widths(points, title, label, metric, show, unit)
             drawn.append({"title": title, "svg": svg})
     return drawn
 

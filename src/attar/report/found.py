@@ -10,6 +10,7 @@ from attar.report.diagnosis import is_diagnosis
 from attar.report.inside import is_inside
 from attar.report.precision import is_precision, precision
 from attar.report.record import RunRecord
+from attar.report.sharing import shown_in_section
 from attar.report.verdict import unit_of
 
 
@@ -27,8 +28,11 @@ def adjusted(run: RunRecord) -> list[dict[str, Any]]:
             for k, v in values.items()
             if is_diagnosis(v) or is_inside(v) or (k == "tried" and trials)
         }
+        elsewhere = shown_in_section(values)
+        if "tried" in elsewhere:
+            trials = None
         unit = unit_of(run.final)
-        rest = {k: _said(k, v, unit) for k, v in values.items() if k not in shown_apart}
+        rest = {k: _said(k, v, unit) for k, v in values.items() if k not in shown_apart | elsewhere}
         if not (rest or trials):
             continue
         number, _, stage = str(place).partition("-")
@@ -71,7 +75,7 @@ def _found_in_log(run: RunRecord) -> dict[str, Any]:
     for event in run.events:
         if event["event"] == "stage":
             stage = str(event.get("name", stage))
-        elif event["event"] == "trial":
+        elif event["event"] == "trial" and "bytes" not in event:  # of a list, all are tried first
             found.setdefault(stage, {"tried": []})["tried"].append(event)
     return found
 

@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from attar.report import curves, diagnosis, found, inside, sections, verdict
+from attar.report import curves, diagnosis, found, inside, sections, sharing, verdict
 from attar.report.benches import beside, read_bench
 from attar.report.record import RunRecord, read_run
 from attar.store import write_whole
@@ -58,6 +58,7 @@ def render_run(run: RunRecord, benches: Sequence[dict[str, Any]] = ()) -> str:
         classes=sections.classes(run),
         wrong=sections.wrong(run),
         diagnoses=diagnoses,
+        sharings=sharing.sharings(run),
         adjusted=found.adjusted(run),
         trainings=curves.trainings(run),
         insides=inside.insides(run),
@@ -67,7 +68,7 @@ def render_run(run: RunRecord, benches: Sequence[dict[str, Any]] = ()) -> str:
         environment=found.shown(environment),
         place=_place(run.folder),
         has_bundle=(run.folder / "bundle").is_dir(),
-        metric_name=((run.final or run.teacher or {}).get("metric") or {}).get("name", "metric"),
+        metric_name=verdict.metric_name(run),
         unit=verdict.unit_of(run.final),
     )
 

@@ -6,11 +6,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from markupsafe import Markup
-
 from attar import numbers
-from attar.report.charts import Point, scatter
-from attar.report.drawing import WIDTHS
+from attar.report.charts import Point, both_widths
 from attar.report.found import human
 from attar.report.record import BASELINES, RunRecord
 from attar.report.verdict import p50, size_of, unit_of
@@ -54,32 +51,6 @@ def pictures(run: RunRecord) -> list[dict[str, Any]]:
             svg = both_widths(points, title, label, name, show, unit, limits.get(limit))
             drawn.append({"title": title, "svg": svg})
     return drawn
-
-
-def both_widths(
-    points: list[Point],
-    title: str,
-    x_label: str,
-    y_label: str,
-    show_x: Callable[[float], str],
-    unit: str,
-    limit: float | None = None,
-) -> dict[str, Markup]:
-    """The same scatter plot for wide and for narrow screens."""
-    return {
-        kind: scatter(
-            points,
-            title=title,
-            x_label=x_label,
-            y_label=y_label,
-            show_x=show_x,
-            show_y=lambda v: numbers.tick(v, unit),
-            limit=limit,
-            width=width,
-            height=height,
-        )
-        for kind, (width, height) in WIDTHS.items()
-    }
 
 
 def classes(run: RunRecord) -> dict[str, Any] | None:

@@ -24,7 +24,7 @@ def ledger_table(ledger: Mapping[str, Any]) -> Table:
     run = RunRecord(Path(), ledger=dict(ledger))
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1, 0, 0))
     table.add_column("stage", no_wrap=True)
-    for column in (_metric_name(run), "", "drop", "", "size", "ms", "90th", "memory"):
+    for column in (verdict.metric_name(run), "", "drop", "", "size", "ms", "90th", "memory"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in sections.ledger(run):
         bounds = (_narrow(row["metric_span"]), _narrow(row["drop_span"]))
@@ -44,14 +44,9 @@ def ledger_html(ledger: Mapping[str, Any]) -> str:
         "notebook.html.j2",
         rows=sections.ledger(run),
         sentence=verdict.sentence(run) if run.final else "",
-        metric_name=_metric_name(run),
+        metric_name=verdict.metric_name(run),
     )
 
 
 def _narrow(span: str) -> str:
     return span.replace(" %", "").replace(" to ", "…")
-
-
-def _metric_name(run: RunRecord) -> str:
-    row = run.final or run.teacher or {}
-    return str((row.get("metric") or {}).get("name", "metric"))

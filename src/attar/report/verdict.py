@@ -76,6 +76,12 @@ def unit_of(row: dict[str, Any] | None) -> str:
     return ((row or {}).get("metric") or {}).get("unit", "fraction")
 
 
+def metric_name(run: RunRecord) -> str:
+    """What the run's metric is called; `metric` where no row says it."""
+    row = run.final or run.teacher or {}
+    return str((row.get("metric") or {}).get("name", "metric"))
+
+
 def sentence(run: RunRecord) -> str:
     """`23.0× smaller and 12.3× faster than the teacher.`"""
     if run.final is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +27,12 @@ def fewest_bits(stage: Share, student: Student, run: Context) -> int | None:
         return trial.module
 
     candidates: list[int] = list(range(8, 0, -1))
-    found = search(run, "bits", candidates, attempt)
-    fewest, run.found["tried"] = found
-    for point, trial in zip(curve, run.found["tried"], strict=True):
-        point |= {"metric": trial["metric"], "chosen": trial["value"] == fewest}
-    run.found["curve"] = curve
+    fewest, tried = search(run, "bits", candidates, attempt)
+    for point, trial in zip(curve, tried, strict=True):
+        point |= {key: trial[key] for key in ("metric", "drop", "kept")}
+        point["chosen"] = trial["value"] == fewest
+    run.found["tried"] = tried
+    run.found.update(_curve(run, curve, baseline_of(run)))
     return fewest
 
 
@@ -45,33 +47,49 @@ def smallest(
     curve: list[dict[str, Any]] = []
     results: list[tuple[Student, Context]] = []
     for value in candidates:
-        own = replace(run.at(f"{setting}-{value}"), found={}, histories={})
+        own = _apart(run, setting, value)
         result = stage.having(**{setting: value}).shared(student.copy(), own)
         metric = run.evaluate(result.module)
         drop = None if baseline is None else sign * (baseline - metric)
-        point = {setting: value, "bytes": packed_size(result), "metric": metric, "drop": drop}
-        run.tell({"event": "trial", "setting": setting, "value": value, **point})
-        curve.append(point)
+        kept = None if drop is None or run.max_drop is None else drop <= run.max_drop
+        size = packed_size(result)
+        found = {"bytes": size, "metric": metric, "drop": drop, "kept": kept}
+        run.tell({"event": "trial", "setting": setting, "value": value, **found})
+        curve.append({setting: value, **found})
         results.append((result, own))
-    place = _choice(curve, run.max_drop, sign)
+    place = _choice(curve, sign)
     for i, point in enumerate(curve):
         point["chosen"] = i == place
     result, own = results[place]
-    run.found.update({**own.found, "curve": curve})
+    run.found.update(own.found)
+    run.found.update(_curve(run, curve, baseline))
     run.histories.update(own.histories)
+    if all(point["kept"] is False for point in curve):
+        text = f"share: no {setting} of the list keeps the budget's max_drop on validation"
+        run.tell({"event": "note", "text": f"{text}; {candidates[place]}, the best, is taken"})
     return result
 
 
-def _choice(curve: list[dict[str, Any]], limit: float | None, sign: int) -> int:
-    """The place of the smallest within the limit, else of the best."""
-    kept = [
-        i
-        for i, point in enumerate(curve)
-        if limit is not None and point["drop"] is not None and point["drop"] <= limit
-    ]
+def _choice(curve: list[dict[str, Any]], sign: int) -> int:
+    """The place of the smallest that keeps the budget, else of the best; of equally good ones, of
+    the smaller."""
+    kept = [i for i, point in enumerate(curve) if point["kept"]]
     if kept:
         return min(kept, key=lambda i: curve[i]["bytes"])
-    return max(range(len(curve)), key=lambda i: sign * curve[i]["metric"])
+
+    def quality(i: int) -> tuple[float, int]:
+        metric = sign * curve[i]["metric"]
+        return (-math.inf if math.isnan(metric) else metric, -curve[i]["bytes"])
+
+    return max(range(len(curve)), key=quality)
+
+
+def _curve(run: Context, curve: list[dict[str, Any]], baseline: float | None) -> dict[str, Any]:
+    """What a page draws: the points, and the metric at which the budget's drop is used up."""
+    if baseline is None or run.max_drop is None:
+        return {"curve": curve}
+    sign = 1 if run.task.metric.higher_is_better else -1
+    return {"curve": curve, "limit": baseline - sign * run.max_drop}
 
 
 def _tried(stage: Share, student: Student, run: Context, setting: str, value: Any) -> Student:
@@ -79,6 +97,16 @@ def _tried(stage: Share, student: Student, run: Context, setting: str, value: An
     recover = stage.recover
     if recover is not None:
         recover = recover.of(max(1, recover.epochs // 3))
-    own = replace(run.at(f"{setting}-{value}"), found={}, histories={})
     short = stage.having(**{setting: value}, recover=recover)
-    return short.shared(student.copy(), own)
+    return short.shared(student.copy(), _apart(run, setting, value))
+
+
+def _apart(run: Context, setting: str, value: Any) -> Context:
+    """A candidate's own context: its folder, and a name of its own for its trainings."""
+
+    def tell(event: dict[str, Any]) -> None:
+        if "label" in event:
+            event = {**event, "label": f"{event['label']}, {setting} = {value}"}
+        run.tell(event)
+
+    return replace(run.at(f"{setting}-{value}"), found={}, histories={}, tell=tell)
