@@ -1,4 +1,4 @@
-"""Batch norms folded into convolutions: the same answers, fewer numbers, and an edit that replays."""
+"""Batch norms folded into convolutions: the same answers, fewer numbers, an edit that replays."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def test_a_weight_is_drawn_by_the_difference_of_its_neighbours_bits():
     )
     wanted = [first / 0.5, -first / 0.5, further / 0.5, -further / 0.5]
     assert weight.grad[:4].tolist() == pytest.approx(wanted)
-    assert step.grad == pytest.approx(-float((weight.grad * weight).sum()) / 0.5, rel=1e-5)
+    assert float(step.grad) == pytest.approx(-float((weight.grad * weight.detach()).sum()) / 0.5, rel=1e-5)
 
 
 def test_the_cost_alone_draws_weights_to_zero_wherever_they_begin():
@@ -171,8 +171,8 @@ def test_a_size_is_kept_to(network, digits):
     begun = float(rated(network, rate=1).bits(network)) / 8000
     wanted = begun / 3
     objective = rated(network, kilobytes=wanted)
-    trained(network, objective, digits, epochs=25)
-    assert float(objective.bits(network)) / 8000 == pytest.approx(wanted, rel=0.15)
+    trained(network, objective, digits, epochs=40)
+    assert 0.75 * wanted < float(objective.bits(network).detach()) / 8000 < 1.1 * wanted
 
 
 def test_a_killed_training_ends_with_the_same_weights(tiny_net, digits, tmp_path):

@@ -106,7 +106,8 @@ def _mark(point: Tried, setting: str, unit: str) -> Point:
 
 
 def _row(point: Tried, setting: str, unit: str) -> dict[str, Any]:
-    verdict = {True: "kept", False: "broken"}.get(point.get("kept"), "")
+    kept = point.get("kept")
+    verdict = "" if kept is None else "kept" if kept else "broken"
     chosen = "chosen" if point.get("chosen") else ""
     return {
         "value": str(point[setting]),

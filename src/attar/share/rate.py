@@ -36,7 +36,7 @@ RAMP = 0.4
 far from its grid would otherwise lose weights that it turns out to need."""
 FIRST_RATE = 0.01
 """The loss that all weights are worth at first, where their size is given."""
-INTEGRAL, PROPORTIONAL = 80.0, 2.0
+INTEGRAL, PROPORTIONAL = 30.0, 2.0
 """How far the rate's logarithm moves by an excess of the size's, over a training and at once."""
 MOST = 10.0
 """The loss that all weights may be worth at most, or there would be no answers left to train."""

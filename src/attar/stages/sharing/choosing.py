@@ -26,8 +26,8 @@ def fewest_bits(stage: Share, student: Student, run: Context) -> int | None:
         curve.append({"bits": bits, "bytes": packed_size(trial)})
         return trial.module
 
-    candidates: list[int] = list(range(8, 0, -1))
-    fewest, tried = search(run, "bits", candidates, attempt)
+    found = search(run, "bits", range(8, 0, -1), attempt)
+    fewest, tried = found
     for point, trial in zip(curve, tried, strict=True):
         point |= {key: trial[key] for key in ("metric", "drop", "kept")}
         point["chosen"] = trial["value"] == fewest
