@@ -249,7 +249,7 @@ class OnGrids(Edit):
     def from_json(cls, record, tensors):
         return cls(torch.ones(1, 1), None)
 
-    def grids(self):
+    def row_grids(self):
         return {"weight": self.grid}
 
 

@@ -87,7 +87,7 @@ class WeightsQuantized(WeightEdit):
                     weight.copy_(self._rounded(path, weight))
         return WeightsQuantized(self.scheme, self.weights, self.scales, weights_sha256(module))
 
-    def grids(self) -> dict[str, RowGrid]:
+    def row_grids(self) -> dict[str, RowGrid]:
         """Each weight's scales, and how many weights of a row share one."""
         return {
             path: RowGrid(scale, self.scheme.group if scale.shape[1] > 1 else None)

@@ -98,7 +98,7 @@ class Edit(ABC):
         tensor, of which only a few different ones occur (a codebook of vectors)."""
         return {}
 
-    def grids(self) -> dict[str, RowGrid]:
+    def row_grids(self) -> dict[str, RowGrid]:
         """By parameter path, the grids that a tensor's weights lie on once the edit is settled."""
         return {}
 

@@ -137,7 +137,7 @@ def _settled(student: Student) -> Student:
 def _hints(edits: Sequence[Edit], weights: Mapping[str, Tensor]) -> list[coded.Hint]:
     """What the edits say of the weights."""
     runs = {path: run for edit in edits for path, run in edit.runs().items()}
-    grids = {path: grid for edit in edits for path, grid in edit.grids().items()}
+    grids = {path: grid for edit in edits for path, grid in edit.row_grids().items()}
     return [
         coded.Hint(runs.get(name, 1), fitting(grids.get(name), tensor))
         for name, tensor in weights.items()
