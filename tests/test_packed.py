@@ -15,6 +15,7 @@ from attar.errors import CheckpointError, StorageError, UsageError
 from attar.models import build, resolve
 from attar.quantize import quantize_weights, quantized_reference
 from attar.student import Edit, Student
+from attar.student.edits import RowGrid
 from attar.student.packed import (
     pack_student,
     packed,
@@ -203,7 +204,12 @@ def plain_net() -> nn.Module:
 @pytest.mark.parametrize("net", [plain_net, Encoder, make_net], ids=["cnn", "encoder", "normed"])
 def test_quantized_weights_are_packed_as_deployed(precision, group, net):
     torch.manual_seed(0)
-    student = Student(net().eval())
+    module = net().eval()
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            nn.init.uniform_(part.weight, 0.3, 2)
+            part.running_var.uniform_(0.2, 3)
+    student = Student(module)
     traced = {"example": (IMAGES,), "dynamic_shapes": SHAPES}
     quantized = quantize_weights(student, precision, group=group, **traced)
     back = unpack_student(pack_student(quantized), build=no_spec, module=net())
@@ -214,6 +220,58 @@ def test_quantized_weights_are_packed_as_deployed(precision, group, net):
 
     assert equal_bits(answers(quantized), answers(back))
     assert pack_student(back) == pack_student(quantized)
+
+
+@pytest.mark.parametrize("net", [plain_net, Encoder, make_net], ids=["cnn", "encoder", "normed"])
+def test_quantized_weights_take_as_many_bits_as_their_integers(net):
+    student = Student(net().eval())
+    for precision, bits in (("int8", 8), ("int4", 4)):
+        quantized = quantize_weights(student, precision, example=(IMAGES,), dynamic_shapes=SHAPES)
+        found = packed(quantized).tensors
+        (edit,) = quantized.edits
+        for path, scale in edit.scales.items():
+            assert found[path].form == "rows" and found[f"0/{path}"].form == "same"
+            assert found[path].bits < bits * found[path].elements + 32 * scale.numel() + 120
+
+
+class OnGrids(Edit):
+    """Says that a weight is made of integers and steps."""
+
+    kind = "on-grids-for-a-test"
+
+    def __init__(self, steps, length):
+        self.grid = RowGrid(steps, length)
+
+    def to_json(self):
+        return {}
+
+    @classmethod
+    def from_json(cls, record, tensors):
+        return cls(torch.ones(1, 1), None)
+
+    def row_grids(self):
+        return {"weight": self.grid}
+
+
+del Edit.kinds[OnGrids.kind]
+
+
+@pytest.mark.parametrize("length", [None, 1, 7, 10, 0, -1, 99])
+@pytest.mark.parametrize("special", [0.25, 0.0, -0.3, float("nan"), float("inf")])
+def test_weights_come_back_whatever_grids_an_edit_says(length, special, monkeypatch):
+    monkeypatch.setitem(Edit.kinds, OnGrids.kind, OnGrids)
+    torch.manual_seed(0)
+    groups = 1 if length is None else -(-10 // max(length, 1))
+    steps = torch.rand(12, groups)
+    steps[0] = special
+    each = steps.repeat_interleave(length or 10, 1)[:, :10] if (length or 1) > 0 else steps[:, :1]
+    net = nn.Linear(10, 12, bias=False)
+    with torch.no_grad():
+        net.weight.copy_(torch.randint(-9, 9, (12, 10)) * each + 0.0)
+        net.weight[0, :5] = 0
+    student = Student(net, edits=[OnGrids(steps, length)])
+    back = unpack_student(pack_student(student), build=no_spec, module=nn.Linear(10, 12, False))
+    assert equal_bits(back.module.weight, net.weight)
 
 
 # --- files

@@ -20,6 +20,7 @@ from torch import nn
 
 from attar.student import Student
 from attar.student.packed import ans, pack_student, packed, unpack_student
+from attar.student.packed.student import _settled
 from test_packed_fuzz import zoo
 from test_student import WAYS, made_by
 
@@ -177,6 +178,10 @@ def even(n: int) -> list[int]:
 # --- tensors
 
 
+def floats(bits: list[int]) -> list[float]:
+    return np.array(bits, np.uint32).view(np.float32).tolist()
+
+
 class Tensors:
     """What the page calls tensors."""
 
@@ -208,6 +213,7 @@ class Tensors:
     def block(self, kind: str, shape: tuple[int, ...]) -> list[int]:
         forms: list[Callable[[str, tuple[int, ...]], list[int]]]
         forms = [self.constant, self.planes, self.codebook, self.sparse, self.runs]
+        forms.append(self.rows)
         return forms[self.s.symbol("form", 8)](kind, shape)
 
     def constant(self, kind: str, shape: tuple[int, ...]) -> list[int]:
@@ -286,6 +292,20 @@ class Tensors:
         vectors = self.block(kind, (size * run,))
         indices = self.coded(prod(shape) // run, list(range(size)))
         return [x for i in indices for x in vectors[i * run : (i + 1) * run]]
+
+    def rows(self, kind: str, shape: tuple[int, ...]) -> list[int]:
+        length, columns = self.s.number("group"), prod(shape[1:])
+        groups = -(-columns // length)
+        bits = self.block(kind, (shape[0] * groups,))
+        self.found.append((kind, (shape[0], groups), bits))
+        integers = self.block(kind, shape)
+        found = []
+        for place, integer in enumerate(floats(integers)):
+            row, column = divmod(place, columns)
+            step = floats(bits)[row * groups + column // length]
+            product = np.float32(integer) * np.float32(step) if integer else np.float32(0)
+            found.append(int(product.view(np.uint32)))
+        return found
 
     def densities(self, rows: int, columns: int) -> list[list[int]]:
         codes = self.coded(rows, list(range(self.s.number("densest") + 1)))
@@ -371,7 +391,7 @@ def read(data: bytes) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
 
 def assert_reads(student: Student) -> None:
     _, weights, _ = read(pack_student(student))
-    state = student.module.state_dict()
+    state = _settled(student).module.state_dict()
     assert list(weights) == list(state)
     for name, (kind, shape, bits) in weights.items():
         tensor = state[name]
@@ -395,7 +415,7 @@ def test_the_example_is_what_attar_packs():
     assert torch.equal(back.weight, net.weight)
 
 
-@pytest.mark.parametrize("way", ["none", "masked", "shared", "heads-freed", "quantized"])
+@pytest.mark.parametrize("way", ["none", "masked", "shared", "heads-freed", "quantized", "stored"])
 def test_a_student_is_read_as_the_page_says(way):
     student = made_by(way)
     assert way in WAYS

@@ -12,16 +12,19 @@ from torch import nn
 
 from attar.errors import AttarError, CheckpointError
 from attar.prune import criteria, prune_weights
+from attar.quantize import quantize_weights
 from attar.student import Student
 from attar.student.packed import pack_student, read_tensors, unpack_student
 from attar.student.packed.container import Header, seal
+from attar.student.packed.student import _settled
 
 LIMIT = 1 << 20
 START = 8
 
 
 class Zoo(nn.Module):
-    """A tensor for every form: constant, planes, codebook (listed, on a grid), sparse, the same."""
+    """A tensor for every form: constant, planes, codebook (listed, on a grid), sparse, the same;
+    rows once the layer is quantized."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,11 +40,17 @@ class Zoo(nn.Module):
         self.register_buffer("steps", torch.tensor(700))
         self.linear = nn.Linear(16, 8)
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x)
+
 
 def zoo() -> Student:
     torch.manual_seed(0)
     magnitude = criteria.get("magnitude")()
-    return prune_weights(Student(Zoo()), criterion=magnitude, ratio=0.5)
+    pruned = prune_weights(Student(Zoo()), criterion=magnitude, ratio=0.5)
+    shapes = ({0: torch.export.Dim("batch", min=1)},)
+    example = (torch.randn(4, 16),)
+    return quantize_weights(pruned, "int8", group=6, example=example, dynamic_shapes=shapes)
 
 
 DATA = pack_student(zoo())
@@ -68,7 +77,7 @@ def test_the_zoo_has_every_form():
     from attar.student.packed import packed
 
     forms = {stored.form for stored in packed(zoo()).tensors.values()}
-    assert forms == {"constant", "planes", "codebook", "same", "sparse"}
+    assert forms == {"constant", "planes", "codebook", "same", "sparse", "rows"}
 
 
 def test_a_file_cut_anywhere_is_refused():
@@ -163,5 +172,5 @@ def test_a_dimension_without_elements_claims_no_memory():
 
 def test_what_was_read_is_what_was_packed():
     arrays = read_tensors(DATA)
-    for name, tensor in zoo().module.state_dict().items():
+    for name, tensor in _settled(zoo()).module.state_dict().items():
         assert np.array_equal(arrays[name], tensor.numpy())

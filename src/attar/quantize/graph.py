@@ -63,7 +63,8 @@ def trace(
     with quiet():
         program = exported(network, example, dynamic_shapes, type(module).__name__)
     graph: GraphModule = program.module(check_guards=False)
-    graph.meta["originals"], graph.meta["folds"] = tensors_of(graph), {}
+    graph.meta["originals"] = tensors_of(graph)
+    graph.meta["folds"], graph.meta["factors"] = {}, {}
     _mark_outputs(graph)
     _functional(graph)
     for node in list(graph.graph.nodes):
@@ -80,6 +81,13 @@ def folds(graph: GraphModule) -> dict[str, Made]:
     constant is the network's tensor of its name. Results are in float64 where the device has it."""
     made: dict[str, Made] = graph.meta["folds"]
     return made
+
+
+def factors(graph: GraphModule) -> dict[str, Tensor]:
+    """What folding has multiplied each row of a captured graph's weights by, float64 (rows,), by
+    the constant's name; others are as they were."""
+    found: dict[str, Tensor] = graph.meta["factors"]
+    return found
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
@@ -241,7 +249,11 @@ def _fold(graph: GraphModule, norm: Node) -> None:
         moved = offset(tensors)
         return moved if bias is None else moved + bias(tensors) * factor(tensors)
 
+    before = factors(graph).get(str(argument(layer, 1).target), 1)
     _set_constants(graph, layer, norm, weight, shifted)
+    with torch.no_grad():
+        by = before * factor(graph.meta["originals"])
+    factors(graph)[str(argument(layer, 1).target)] = by
     layer.meta[OUTPUT_OF] = []  # what it answered without the norm is computed no more
     _replace(norm, layer)
 

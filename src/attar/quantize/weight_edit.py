@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 
 from attar.errors import CheckpointError, UsageError
 from attar.quantize.edit import changed_weights
-from attar.quantize.graph import capture
+from attar.quantize.graph import capture, factors
 from attar.registry import near
 from attar.runtimes.aten import argument, constant, forget_unused, is_constant, operator
 from attar.student import Edit
@@ -133,7 +133,8 @@ def held_weights(
         value = constant(graph, node)
         path, own = _parameter(module, str(node.target))
         if own is not None and own.shape == value.shape and value.dim() > 1:
-            yield Held(path, node, own, _factor(value, own))
+            factor = factors(graph).get(str(node.target), torch.ones(len(own)))
+            yield Held(path, node, own, factor.float()[:, None])
 
 
 def _parameter(module: nn.Module, target: str) -> tuple[str, Tensor | None]:
@@ -146,15 +147,6 @@ def _parameter(module: nn.Module, target: str) -> tuple[str, Tensor | None]:
         except AttributeError:
             continue
     return target, None
-
-
-def _factor(value: Tensor, own: Tensor) -> Tensor:
-    if torch.equal(value, own):
-        return torch.ones(len(own), 1)
-    folded, plain = (t.double().flatten(1) for t in (value, own))
-    square = plain.square().sum(1, keepdim=True)
-    factor = torch.where(square > 0, (folded * plain).sum(1, keepdim=True) / square, 1.0)
-    return factor.float()
 
 
 def put(graph: GraphModule, before: Node, name: str, value: Tensor) -> Node:

@@ -27,7 +27,7 @@ from attar.quantize.weight_scales import integers, step_sizes
 from attar.registry import near
 from attar.runtimes.base import runtimes
 from attar.student import Student
-from attar.student.edits import Rounds
+from attar.student.edits import Rounds, RowGrid
 from attar.student.fingerprint import weights_sha256
 
 Precision = Literal["int8", "int4", "float16", "bfloat16"]
@@ -74,10 +74,10 @@ class WeightsQuantized(WeightEdit):
     def settled(self, module: nn.Module) -> WeightsQuantized:
         """Puts the weights where the file has them, so that they pack in as few bits.
 
-        The graph stays the same: what is on its grid already is rounded to itself. Not so where a
-        batch norm may be folded into a weight (its factor is found from the weight, and would
-        differ in its last bit), nor for a weight with a second name, which others may read."""
-        if any(isinstance(part, BATCH_NORMS) for part in module.modules()):
+        The graph stays the same: what is on its grid already is rounded to itself. Not so for
+        halves where a batch norm may be folded into a weight (what is rounded is their product),
+        nor for a weight with a second name, which others may read."""
+        if not self.has_scales and any(isinstance(m, BATCH_NORMS) for m in module.modules()):
             return self
         names = Counter(map(id, dict(module.named_parameters(remove_duplicate=False)).values()))
         with torch.no_grad():
@@ -87,14 +87,23 @@ class WeightsQuantized(WeightEdit):
                     weight.copy_(self._rounded(path, weight))
         return WeightsQuantized(self.scheme, self.weights, self.scales, weights_sha256(module))
 
+    def row_grids(self) -> dict[str, RowGrid]:
+        """Each weight's scales, and how many weights of a row share one."""
+        return {
+            path: RowGrid(scale, self.scheme.group if scale.shape[1] > 1 else None)
+            for path, scale in self.scales.items()
+        }
+
     def _rounded(self, path: str, weight: Tensor) -> Tensor:
         """A weight as the file has it; whole zeros without a sign."""
         if not self.has_scales:
             return weight.to(HALVES[self.scheme.precision]).float()
-        scale = self.scales[path].to(weight.device)
-        rows = integers(weight, scale, BITS[self.scheme.precision], group=self.scheme.group)
+        scale, bits = self.scales[path].to(weight.device), BITS[self.scheme.precision]
+        rows = integers(weight, scale, bits, group=self.scheme.group)
         on_grid = (rows.float() * scale[..., None]).flatten(1)[:, : weight[0].numel()]
-        return on_grid.reshape(weight.shape) + 0.0
+        found = on_grid.reshape(weight.shape) + 0.0
+        same = torch.equal(integers(found, scale, bits, group=self.scheme.group), rows)
+        return found if same else weight  # products may overflow
 
     def store(self, graph: GraphModule, held: Held) -> None:
         import attar.runtimes.onnx_operators  # noqa: F401 - has torch.ops.attar

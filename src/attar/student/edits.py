@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -18,6 +18,18 @@ from attar.errors import CheckpointError
 from attar.registry import near
 
 Rounds = Literal["nothing", "weights", "activations"]
+
+
+class RowGrid(NamedTuple):
+    """A grid for each row of a tensor (its first axis), or for each group of weights in a row.
+
+    steps: float32 (rows, groups); a weight is an integer times its step, rounded to float32, and
+    0.0 for 0. length: how many weights a group has, `None` for the whole row; the last one of a row
+    may have fewer.
+    """
+
+    steps: Tensor
+    length: int | None = None
 
 
 class Edit(ABC):
@@ -84,6 +96,10 @@ class Edit(ABC):
     def runs(self) -> dict[str, int]:
         """By parameter path, the length of runs of weights, one after the other in the flattened
         tensor, of which only a few different ones occur (a codebook of vectors)."""
+        return {}
+
+    def row_grids(self) -> dict[str, RowGrid]:
+        """By parameter path, the grids that a tensor's weights lie on once the edit is settled."""
         return {}
 
     def graph(

@@ -5,7 +5,8 @@
 - codebook: few values, and each element's index;
 - sparse: whole slices of zeros left out, then where the other zeros are, then the rest in one of
   these forms;
-- runs: few runs of elements (vectors) as a tensor of their own, and each run's index.
+- runs: few runs of elements (vectors) as a tensor of their own, and each run's index;
+- rows: integers, and a step for each row, or for each group of a row.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ import numpy as np
 from attar.student.packed.ans import Reader, Writer
 from attar.student.packed.codebook import LIMIT, Codebook, few_values
 from attar.student.packed.damage import damaged
-from attar.student.packed.elements import is_float, width_of
+from attar.student.packed.elements import Elements, is_float, width_of
 from attar.student.packed.models import Models, Symbols
 from attar.student.packed.planes import read_planes, write_planes
+from attar.student.packed.rows import Steps, groups_of, has_groups
 from attar.student.packed.slices import kept_slices, read_slices, write_slices
 from attar.student.packed.zeros import read_zeros, uneven, write_zeros
 
-CONSTANT, PLANES, CODEBOOK, SPARSE, RUNS = range(5)
-FORMS = ("constant", "planes", "codebook", "sparse", "runs")
+CONSTANT, PLANES, CODEBOOK, SPARSE, RUNS, ROWS = range(6)
+FORMS = ("constant", "planes", "codebook", "sparse", "runs", "rows")
 PLACES = 8
 """Forms that there is room for in the file."""
 QUARTER = 2
@@ -36,12 +38,14 @@ FEW = 1 << 14
 
 @dataclass(frozen=True)
 class Block:
-    """Elements to be stored. kind: their type. run: how many in a row are one of a few vectors."""
+    """Elements to be stored. kind: their type. run: how many in a row are one of a few vectors.
+    steps: what they may be multiples of."""
 
     kind: str
     bits: np.ndarray
     shape: tuple[int, ...]
     run: int = 1
+    steps: Steps | None = None
 
 
 def write_block(writer: Writer, block: Block, models: Models) -> str:
@@ -60,8 +64,10 @@ def read_block(
     shape: tuple[int, ...],
     models: Models,
     outside: tuple[int, ...] = (),
+    beside: list[Elements] | None = None,
 ) -> np.ndarray:
-    """The elements' bits, in one row. outside: the forms that these are part of."""
+    """The elements' bits, in one row. outside: the forms that these are part of. beside: takes the
+    steps that are stored with a tensor's integers; `None` for a part, which has none."""
     count = prod(shape)
     if not count:
         return np.empty(0, f"u{width_of(kind)}")
@@ -76,6 +82,10 @@ def read_block(
         return _read_sparse(reader, kind, shape, models)
     if form == RUNS:
         return _read_runs(reader, kind, count, models)
+    if form == ROWS:
+        if kind != "float32" or beside is None:
+            raise damaged("its forms don't fit one another")
+        return _read_rows(reader, shape, models, beside)
     codebook = Codebook.read(reader, kind)
     return models.read(reader, count, codebook.places, codebook.values)
 
@@ -96,6 +106,13 @@ def _ways(writer: Writer, block: Block, models: Models) -> Iterator[tuple[Writer
         way = begun(RUNS)
         if _write_runs(way[0], block, way[2]):
             yield way
+    integers = block.steps.integers(bits, block.shape) if block.steps else None
+    if block.steps and integers is not None:
+        way = begun(ROWS)
+        _write_rows(way[0], block, block.steps, integers, way[2])
+        yield way
+        if len(bits) > FEW and way[0].bits < QUARTER * bits.nbytes:
+            return
     found = few_values(block.kind, bits)
     if _has_zeros(bits) and (found is None or len(bits) <= FEW or _has_structure(block)):
         way = begun(SPARSE)
@@ -210,3 +227,29 @@ def _read_runs(reader: Reader, kind: str, count: int, models: Models) -> np.ndar
     indices = models.read(reader, count // run, np.arange(size), np.arange(size))
     found: np.ndarray = vectors[indices].ravel()
     return found
+
+
+# --- rows
+
+
+def _write_rows(
+    writer: Writer, block: Block, steps: Steps, integers: np.ndarray, models: Models
+) -> None:
+    writer.number("group", steps.length)
+    flat = steps.steps.view(np.uint32).ravel()
+    write_block(writer, Block(block.kind, flat, flat.shape), models)
+    write_block(writer, Block(block.kind, integers.view(np.uint32), block.shape), models)
+
+
+def _read_rows(
+    reader: Reader, shape: tuple[int, ...], models: Models, beside: list[Elements]
+) -> np.ndarray:
+    length = reader.number("group")
+    if not has_groups(shape, length):
+        raise damaged("its groups of weights don't fit their tensor")
+    groups = groups_of(shape, length)
+    bits = read_block(reader, "float32", (prod(groups),), models, (RUNS,))
+    beside.append(Elements("float32", groups, bits))
+    integers = read_block(reader, "float32", shape, models, (RUNS,))
+    steps = Steps(bits.view(np.float32).reshape(groups), length)
+    return steps.values(integers.view(np.float32), shape)

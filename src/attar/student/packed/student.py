@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from attar.student.packed.ans import Reader, Writer
 from attar.student.packed.container import Header, seal, unseal
 from attar.student.packed.damage import damaged
 from attar.student.packed.elements import Elements
+from attar.student.packed.rows import fitting
 from attar.student.saving import assembled, fresh_network, record_of, spec_from
 from attar.student.student import Student
 
@@ -71,9 +72,8 @@ def packed(student: Student) -> Packed:
         record["edits"] = [_short_record(each, promise, weights) for each in records]
     elements = [Elements.of(name, tensor) for name, tensor in {**weights, **beside}.items()]
     writer = Writer()
-    runs = {path: run for edit in student.edits for path, run in edit.runs().items()}
-    lengths = [*(runs.get(name, 1) for name in weights), *(1 for _ in beside)]
-    stored = coded.write_tensors(writer, elements, lengths)
+    hints = [*_hints(student.edits, weights), *(coded.Hint() for _ in beside)]
+    stored = coded.write_tensors(writer, elements, hints)
     data = seal(Header(record, list(weights), list(beside)), writer.finish())
     return Packed(data, dict(zip([*weights, *beside], stored, strict=True)))
 
@@ -132,6 +132,16 @@ def _settled(student: Student) -> Student:
     # the last first: a quantization moves the weights that a codebook before it then counts
     settled = [edit.settled(student.module) for edit in reversed(student.edits)]
     return Student(student.module, student.spec, settled[::-1])
+
+
+def _hints(edits: Sequence[Edit], weights: Mapping[str, Tensor]) -> list[coded.Hint]:
+    """What the edits say of the weights."""
+    runs = {path: run for edit in edits for path, run in edit.runs().items()}
+    grids = {path: grid for edit in edits for path, grid in edit.row_grids().items()}
+    return [
+        coded.Hint(runs.get(name, 1), fitting(grids.get(name), tensor))
+        for name, tensor in weights.items()
+    ]
 
 
 def _said(edit: Edit, record: dict[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

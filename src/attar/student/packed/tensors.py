@@ -14,6 +14,7 @@ from attar.student.packed.damage import damaged
 from attar.student.packed.elements import NAMES, PLACES, Elements, width_of
 from attar.student.packed.forms import Block, read_block, write_block
 from attar.student.packed.models import Models
+from attar.student.packed.rows import Steps
 
 RECENT = 15
 """Dimensions that are referred to rather than written again."""
@@ -31,6 +32,14 @@ class Stored(NamedTuple):
     def elements(self) -> int:
         """How many elements it has."""
         return prod(self.shape)
+
+
+class Hint(NamedTuple):
+    """What is known of a tensor. run: how many elements in a row are one of a few vectors. steps:
+    what the elements may be multiples of."""
+
+    run: int = 1
+    steps: Steps | None = None
 
 
 class _Shapes:
@@ -72,23 +81,28 @@ class _Shapes:
         self._recent = [size, *others][:RECENT]
 
 
-def write_tensors(writer: Writer, tensors: Sequence[Elements], runs: Sequence[int]) -> list[Stored]:
-    """Notes the tensors, and says how each is stored. runs: the length of each one's runs, of which
-    only a few different ones occur; 1 where it has none."""
+def write_tensors(
+    writer: Writer, tensors: Sequence[Elements], hints: Sequence[Hint]
+) -> list[Stored]:
+    """Notes the tensors, and says how each is stored. hints: what is known of each."""
     shapes, models, stored = _Shapes(), Models(), []
-    for place, elements in enumerate(tensors):
+    known: list[Elements] = []
+    for elements, hint in zip(tensors, hints, strict=True):
         before = writer.bits
-        twin = _twin(tensors[:place], elements)
-        if place:
+        twin = _twin(known, elements)
+        if known:
             writer.symbol("same", int(twin is not None), 2)
         if twin is not None:
-            writer.number("same as", place - 1 - twin)
-            stored.append(Stored("same", writer.bits - before, elements.shape))
-            continue
-        writer.symbol("type", NAMES.index(elements.type), PLACES)
-        shapes.write(writer, elements.shape)
-        block = Block(elements.type, elements.bits, elements.shape, runs[place])
-        form = write_block(writer, block, models)
+            writer.number("same as", len(known) - 1 - twin)
+            form = "same"
+        else:
+            writer.symbol("type", NAMES.index(elements.type), PLACES)
+            shapes.write(writer, elements.shape)
+            block = Block(elements.type, elements.bits, elements.shape, hint.run, hint.steps)
+            form = write_block(writer, block, models)
+        if form == "rows" and hint.steps:
+            known.append(hint.steps.elements())
+        known.append(elements)
         stored.append(Stored(form, writer.bits - before, elements.shape))
     return stored
 
@@ -101,12 +115,12 @@ def read_tensors(reader: Reader, count: int, limit: int) -> Iterator[Elements]:
     shapes, models = _Shapes(), Models()
     found: list[Elements] = []
     taken = 0
-    for place in range(count):
-        if place and reader.symbol("same", 2):
+    for _ in range(count):
+        if found and reader.symbol("same", 2):
             back = reader.number("same as")
-            if back >= place:
+            if back >= len(found):
                 raise damaged("it refers to a tensor that isn't there")
-            found.append(found[place - 1 - back])
+            found.append(found[-1 - back])
             yield found[-1]
             continue
         number = reader.symbol("type", PLACES)
@@ -120,7 +134,10 @@ def read_tensors(reader: Reader, count: int, limit: int) -> Iterator[Elements]:
                 f"the packed student's tensors take {taken:,} bytes or more, over the limit of "
                 f"{limit:,}: it is damaged, or belongs to another network"
             )
-        found.append(Elements(kind, shape, read_block(reader, kind, shape, models)))
+        steps: list[Elements] = []
+        bits = read_block(reader, kind, shape, models, beside=steps)
+        taken += sum(each.bits.nbytes for each in steps)
+        found += [*steps, Elements(kind, shape, bits)]
         yield found[-1]
     reader.finish()
 
