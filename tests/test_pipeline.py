@@ -202,7 +202,8 @@ def test_what_stages_did_shows_in_their_rows(whole_run: WholeRun) -> None:
     distill, prune, share, quantize = (whole_run.row(name) for name in STAGES)
     assert prune["nonzero"] < 0.7 * distill["nonzero"]
     assert share["nonzero"] <= prune["nonzero"]  # what was pruned stays zero
-    assert quantize["bundle"]["bytes"] < 0.6 * share["bundle"]["bytes"]
+    for small in (share, quantize):  # of a few values, or in bytes
+        assert small["bundle"]["bytes"] < 0.4 * prune["bundle"]["bytes"]
     assert whole_run.row("deploy")["metric"]["value"] == quantize["metric"]["value"]
 
 

@@ -158,14 +158,14 @@ def exported(student: Student, images: Tensor, folder: Path) -> tuple[Tensor, on
     return torch.from_numpy(answer), onnx.load(folder / "model.onnx")
 
 
-def test_the_exported_file_is_a_dense_networks(network, images, tmp_path: Path):
+def test_the_exported_file_holds_weights_not_their_places(network, images, tmp_path: Path):
     _, dense = exported(Student(copy.deepcopy(network)), images, tmp_path / "dense")
     student, _ = hash_student(Student(network), 1 / 8)
     answer, proto = exported(student, images, tmp_path / "hashed")
     with torch.no_grad():
         torch.testing.assert_close(answer, network(images), rtol=1e-4, atol=1e-5)
-    shapes = [sorted(tuple(i.dims) for i in p.graph.initializer) for p in (dense, proto)]
-    assert shapes[0] == shapes[1]
+    places = [i for i in proto.graph.initializer if i.data_type == onnx.TensorProto.INT64]
+    assert all(np.prod(i.dims) < 9 for i in places)
     assert proto.ByteSize() <= dense.ByteSize() + 100
     assert any(isinstance(m, HashedLinear) for m in network.modules())
 

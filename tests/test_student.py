@@ -32,7 +32,7 @@ from attar.prune import (
 )
 from attar.quantize import Quantized, quantize_dynamically, quantize_weights
 from attar.quantize.edit import Scheme
-from attar.share import Shared, share_weights
+from attar.share import Shared, fold_norms, hash_student, share_weights
 from attar.student import Edit, Student, load_student, save_student
 from attar.student.fingerprint import weights_sha256
 
@@ -154,6 +154,15 @@ def headed(student: Student) -> Student:
     return student
 
 
+def hashed(student: Student) -> Student:
+    return hash_student(student.copy(), 0.25)[0]
+
+
+def without_norms(student: Student) -> Student:
+    student = student.copy()
+    return student.edited(fold_norms(student.module))
+
+
 WAYS = {
     "none": [],
     "teacher-head": [headed],
@@ -163,6 +172,8 @@ WAYS = {
     "blocks-removed": [shallower],
     "weights-folded": [folded],
     "shared": [shared],
+    "hashed": [hashed],
+    "norms-folded": [without_norms],
     "quantized": [quantized],
     "weights-quantized": [stored],
     "quantized-dynamically": [quantized_in_calls],
@@ -173,8 +184,14 @@ WAYS = {
     "masked, heads-freed": [masked, freed],
     "masked, blocks-removed, shared": [masked, shallower, shared],
     "weights-folded, masked, shared": [folded, masked, shared],
+    "norms-folded, masked, shared": [without_norms, masked, shared],
 }
-MADE_FOR = {freed: make_attending, shallower: make_residual, folded: make_normed}
+MADE_FOR = {
+    freed: make_attending,
+    shallower: make_residual,
+    folded: make_normed,
+    without_norms: make_residual,
+}
 NETS = {way: MADE_FOR[step] for way, steps in WAYS.items() for step in steps if step in MADE_FOR}
 
 
