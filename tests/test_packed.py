@@ -24,6 +24,7 @@ from attar.student.packed import (
     save_packed,
     unpack_student,
 )
+from attar.student.packed.student import _settled
 from network_fixture import Encoder
 from test_student import IMAGES, NETS, SHAPES, WAYS, made, made_by, make_net, no_spec
 
@@ -77,7 +78,8 @@ def test_a_student_comes_back(way):
     student = made_by(way)
     data = pack_student(student)
     back = unpack_student(data, build=no_spec, module=NETS.get(way, make_net)())
-    assert_same(student, back)
+    # weights that are deployed in few bits are packed as deployed
+    assert_same(_settled(student) if way == "weights-quantized" else student, back)
     assert not any(m.training for m in back.module.modules())
     assert pack_student(back) == data
     assert packed_size(student) == len(data)

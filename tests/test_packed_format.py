@@ -415,7 +415,9 @@ def test_the_example_is_what_attar_packs():
     assert torch.equal(back.weight, net.weight)
 
 
-@pytest.mark.parametrize("way", ["none", "masked", "shared", "heads-freed", "quantized", "stored"])
+@pytest.mark.parametrize(
+    "way", ["none", "masked", "shared", "heads-freed", "quantized", "weights-quantized"]
+)
 def test_a_student_is_read_as_the_page_says(way):
     student = made_by(way)
     assert way in WAYS
