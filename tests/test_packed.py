@@ -24,7 +24,6 @@ from attar.student.packed import (
     save_packed,
     unpack_student,
 )
-from attar.student.packed.student import _settled
 from network_fixture import Encoder
 from test_student import IMAGES, NETS, SHAPES, WAYS, made, made_by, make_net, no_spec
 
