@@ -226,11 +226,7 @@ def test_tied_parameters_are_charged_once_and_rounded_under_both_names():
     first, second = nn.Linear(4, 4), nn.Linear(4, 4)
     second.weight = first.weight
     network = nn.Sequential(first, second)
-    assert codable(network) == {
-        "0.weight": ["0.weight", "1.weight"],
-        "0.bias": ["0.bias"],
-        "1.bias": ["1.bias"],
-    }
+    assert codable(network) == ["0.weight", "0.bias", "1.bias"]
     weights = rated(network, rate=1).weights(network)
     assert torch.equal(weights["0.weight"], weights["1.weight"])
 
@@ -239,6 +235,10 @@ def test_wrong_settings_and_broken_weights_are_refused(tiny_net):
     network = tiny_net(4)
     with pytest.raises(UsageError, match="rate or kilobytes"):
         rated(network)
+    with pytest.raises(UsageError, match="'conv' fits no weight"):
+        rated(network, rate=1, exclude=["conv"])
+    with pytest.raises(UsageError, match="no weight is left to share"):
+        rated(network, rate=1, exclude=["*"])
     objective = rated(network, rate=1)
     with torch.no_grad():
         network[0].weight[0] = math.nan

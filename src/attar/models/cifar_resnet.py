@@ -110,13 +110,19 @@ def cifar_resnet(
     All three groups cost alike per block, but the first works on the largest images with the fewest
     channels: a student that must be fast saves there first.
     """
+    return CifarResNet(three_groups(blocks, "cifar-resnet"), channels, classes, width, stem_stride)
+
+
+def three_groups(blocks: Sequence[int], name: str) -> tuple[int, int, int]:
+    """The numbers of blocks in a network's three groups. name: the network's, for messages. Raises
+    `UsageError` for anything but three numbers above 0."""
     if len(blocks) != 3 or not all(isinstance(n, int) and n > 0 for n in blocks):
         raise UsageError(
-            f"cifar-resnet takes three numbers of blocks, each at least 1, such as [1, 3, 3]; "
+            f"{name} takes three numbers of blocks, each at least 1, such as [1, 3, 3]; "
             f"got {list(blocks)}"
         )
     first, second, third = blocks
-    return CifarResNet((first, second, third), channels, classes, width, stem_stride)
+    return first, second, third
 
 
 def _register(depth: int) -> None:

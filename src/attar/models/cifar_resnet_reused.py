@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from attar.errors import UsageError
 from attar.models.base import models
-from attar.models.cifar_resnet import Block, CifarResNet
+from attar.models.cifar_resnet import Block, CifarResNet, three_groups
 
 Norms = Literal["own", "shared"]
 
@@ -89,12 +89,7 @@ def cifar_resnet_reused(
     third group set the width and are their own. `norms`: batch norms for each application (`own`)
     or one pair for all (`shared`).
     """
-    if len(blocks) != 3 or not all(isinstance(n, int) and n > 0 for n in blocks):
-        raise UsageError(
-            f"cifar-resnet-reused takes three numbers of blocks, each at least 1, such as "
-            f"[3, 3, 3]; got {list(blocks)}"
-        )
     if norms not in ("own", "shared"):
         raise UsageError(f"cifar-resnet-reused: norms is {norms!r}: own or shared")
-    first, second, third = blocks
-    return CifarResNetReused((first, second, third), channels, classes, width, stem_stride, norms)
+    groups = three_groups(blocks, "cifar-resnet-reused")
+    return CifarResNetReused(groups, channels, classes, width, stem_stride, norms)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from attar.training.learned_steps import grown, on_learned_grid
 from attar.training.objective import Objective
-from attar.training.reweighted import Reweighted
+from attar.training.reweighted import Reweighted, as_name
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
@@ -83,7 +83,7 @@ class OnLearnedGrid(OnGrid):
         self._least = -self._largest - (bits < 7)
         self.log_steps = nn.ParameterDict(
             {
-                _name(path): nn.Parameter(self._first(path, weight.detach()).log())
+                as_name(path): nn.Parameter(self._first(path, weight.detach()).log())
                 for path, weight in self._weights(network).items()
             }
         )
@@ -114,17 +114,12 @@ class OnLearnedGrid(OnGrid):
         return 2 * torch.where(mean > 0, mean, whole) / math.sqrt(self._largest)
 
     def _rounded(self, path: str, weight: Tensor) -> Tensor:
-        log_step = self.log_steps[_name(path)]
+        log_step = self.log_steps[as_name(path)]
         sharing = weight.numel() // log_step.numel()
         step = grown(log_step, sharing, self._largest, weight=True)
         if step.dim():
             step = step.reshape(-1, *[1] * (weight.dim() - 1))
         return on_learned_grid(weight, step, self._least, self._largest)
-
-
-def _name(path: str) -> str:
-    """A path as a parameter's name, which may have no dots."""
-    return path.replace(".", "/")
 
 
 def layer_weights(network: nn.Module) -> dict[str, Tensor]:

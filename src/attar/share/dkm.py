@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from attar.errors import UsageError
-from attar.share.codebook import Codebook, cluster
+from attar.share.codebook import as_it_is, cluster
 from attar.share.edit import Assignment, Shared
 from attar.share.weights import Sharing, shareable
 from attar.training.objective import Objective
-from attar.training.reweighted import Reweighted
+from attar.training.reweighted import Reweighted, as_name, under_each_name
 
 
 class DifferentiableKMeans(Reweighted):
@@ -74,7 +74,7 @@ class DifferentiableKMeans(Reweighted):
             if (values == 0).any():
                 self._pruned.add(path)
             alive = values[values != 0]
-            self.register_buffer(_name(path), alive if len(alive) else values)
+            self.register_buffer(as_name(path), alive if len(alive) else values)
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
         super().start_epoch(epoch, epochs)
@@ -83,7 +83,7 @@ class DifferentiableKMeans(Reweighted):
 
     def centroids(self, path: str) -> Tensor:
         """The centroids of one tensor as they are now, float32 (k,), without the pruned zero."""
-        return self.get_buffer(_name(path))
+        return self.get_buffer(as_name(path))
 
     def weights(self, network: nn.Module) -> dict[str, Tensor]:
         soft: dict[str, Tensor] = {}
@@ -92,15 +92,15 @@ class DifferentiableKMeans(Reweighted):
             soft[path], moved = self._softly(path, weight)
             if self.training:
                 self.centroids(path).copy_(moved)
-        return _under_each_name(network, soft)
+        return under_each_name(network, soft)
 
     def judged_weights(self, network: nn.Module) -> dict[str, Tensor]:
         with torch.no_grad():
             hard = {p: self._snapped(p, network.get_parameter(p)) for p in self._paths}
-        return _under_each_name(network, hard)
+        return under_each_name(network, hard)
 
     def kept(self) -> dict[str, Tensor]:
-        return {**super().kept(), **{_name(p): self.centroids(p) for p in self._paths}}
+        return {**super().kept(), **{as_name(p): self.centroids(p) for p in self._paths}}
 
     @torch.no_grad()
     def share(self, module: nn.Module) -> tuple[Shared, dict[str, Sharing]]:
@@ -114,14 +114,11 @@ class DifferentiableKMeans(Reweighted):
         for path in self._paths:
             weight = module.get_parameter(path)
             snapped = self._snapped(path, weight)
-            energy = float(weight.double().square().sum())
-            error = float((weight.double() - snapped.double()).square().sum())
-            values, indices = snapped.unique(return_inverse=True)
-            book = Codebook(values, indices.to(torch.uint8), error / energy if energy else 0.0)
+            book = as_it_is(snapped, weight)
             weight.copy_(snapped)
             assignments[path] = Assignment.of(book)
             bits = assignments[path].bits
-            done[path] = Sharing(len(values), bits, weight.numel(), book.distortion)
+            done[path] = Sharing(len(book.values), bits, weight.numel(), book.distortion)
         return Shared(assignments), done
 
     def _softly(self, path: str, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,13 +166,6 @@ def _nearest(weights: Tensor, centroids: Tensor) -> Tensor:
     return values[torch.bucketize(weights.contiguous(), between)]
 
 
-def _under_each_name(network: nn.Module, made: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tied parameters computed once and given to each of their owners."""
-    by_parameter = {id(network.get_parameter(path)): value for path, value in made.items()}
-    named = network.named_parameters(remove_duplicate=False)
-    return {name: by_parameter[id(p)] for name, p in named if id(p) in by_parameter}
-
-
 def _check(bits: int, temperature: float, cooling: float, rounds: int) -> None:
     """Raises `UsageError` for settings out of range."""
     if not 1 <= bits <= 8:
@@ -186,8 +176,3 @@ def _check(bits: int, temperature: float, cooling: float, rounds: int) -> None:
         raise UsageError(f"cooling is {cooling:g}: training can't end warmer than it begins")
     if rounds < 1:
         raise UsageError(f"rounds is {rounds}: each step needs at least one")
-
-
-def _name(path: str) -> str:
-    """A path as a buffer's name, which may have no dots."""
-    return path.replace(".", "/")

@@ -20,12 +20,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from attar.data.base import Batch
 from attar.errors import UsageError
-from attar.share.codebook import Codebook, finite
+from attar.share.codebook import as_it_is, finite
 from attar.share.edit import Assignment, Shared
-from attar.share.weights import Sharing, _fits
+from attar.share.weights import Sharing, fitting
 from attar.training.learned_steps import grown, on_learned_grid
 from attar.training.objective import Objective
-from attar.training.reweighted import Reweighted
+from attar.training.reweighted import Reweighted, as_name, under_each_name
 
 LARGEST = 127
 """The grid's last point to either side, so that there are fewer than 256 values."""
@@ -81,12 +81,12 @@ class RateDistortion(Reweighted):
         self._fixed = rate
         self._ramp = 1.0
         self._depth = 2 ** (bits - 1)
-        self._names = codable(network, exclude)
+        self._paths = codable(network, exclude)
         with torch.no_grad():
             self.log_steps = nn.ParameterDict(
                 {
-                    _key(path): nn.Parameter(first_step(network.get_parameter(path), bits).log())
-                    for path in self._names
+                    as_name(path): nn.Parameter(first_step(network.get_parameter(path), bits).log())
+                    for path in self._paths
                 }
             )
             self.pressure = Pressure(kilobytes, float(self.bits(network)) / KILOBYTE)
@@ -113,19 +113,13 @@ class RateDistortion(Reweighted):
     def bits(self, network: nn.Module) -> Tensor:
         """What an entropy coder charges for the network's weights as they are now, a scalar."""
         costs = []
-        for path in self._names:
+        for path in self._paths:
             weight = network.get_parameter(path)
             costs.append(charged(weight, self._step(path, weight.numel())))
         return torch.stack(costs).sum()
 
     def weights(self, network: nn.Module) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        for path, names in self._names.items():
-            weight = network.get_parameter(path)
-            step = self._step(path, weight.numel())
-            rounded = on_learned_grid(weight, step, -LARGEST, LARGEST)
-            found |= dict.fromkeys(names, rounded)
-        return found
+        return under_each_name(network, {p: self._rounded(network, p) for p in self._paths})
 
     @torch.no_grad()
     def share(self, network: nn.Module) -> tuple[Shared, dict[str, Sharing]]:
@@ -133,22 +127,25 @@ class RateDistortion(Reweighted):
         and what was done, by path. Raises `AttarError` for weights that are NaN or infinite."""
         assignments: dict[str, Assignment] = {}
         done: dict[str, Sharing] = {}
-        for path in self._names:
+        for path in self._paths:
             weight = network.get_parameter(path)
             finite(weight, path)
-            step = self._step(path, weight.numel())
             before = weight.clone()
-            weight.copy_(on_learned_grid(weight, step, -LARGEST, LARGEST) + 0.0)  # no -0.0
-            codebook = _as_it_is(weight, before)
+            weight.copy_(self._rounded(network, path) + 0.0)  # a zero of either sign costs a bit
+            codebook = as_it_is(weight, before)
             assignments[path] = Assignment.of(codebook)
             size = len(codebook.values)
             done[path] = Sharing(size, assignments[path].bits, weight.numel(), codebook.distortion)
         return Shared(assignments), done
 
+    def _rounded(self, network: nn.Module, path: str) -> Tensor:
+        weight = network.get_parameter(path)
+        return on_learned_grid(weight, self._step(path, weight.numel()), -LARGEST, LARGEST)
+
     def _step(self, path: str, values: int) -> Tensor:
         """A tensor's step, in the eight leading bits that a file stores; learned straight through
         that rounding."""
-        step = grown(self.log_steps[_key(path)], values, math.ceil(self._depth))
+        step = grown(self.log_steps[as_name(path)], values, math.ceil(self._depth))
         return step + (step.bfloat16().float() - step).detach()
 
 
@@ -188,20 +185,20 @@ class Pressure(nn.Module):
         return min(rate, MOST / max(kilobytes, 1e-9))
 
 
-def codable(network: nn.Module, exclude: Iterable[str] = ()) -> dict[str, list[str]]:
-    """The parameters whose bits are counted, each with all of its names (tied ones have several):
-    all but those of batch norms, empty ones, and those that fit a pattern of `exclude`."""
+def codable(network: nn.Module, exclude: Iterable[str] = ()) -> list[str]:
+    """The paths of the parameters whose bits are counted, tied ones once: all but those of batch
+    norms, empty ones, and those that fit a pattern of `exclude`. Raises `UsageError` for a pattern
+    that fits nothing, and where nothing is left."""
     norms = [path for path, layer in network.named_modules() if isinstance(layer, _BatchNorm)]
-    by_identity: dict[int, list[str]] = {}
-    for name, parameter in network.named_parameters(remove_duplicate=False):
-        if parameter.numel() and name.rpartition(".")[0] not in norms:
-            by_identity.setdefault(id(parameter), []).append(name)
-    patterns = list(exclude)
-    return {
-        names[0]: names
-        for names in by_identity.values()
-        if not any(_fits(name, pattern) for name in names for pattern in patterns)
-    }
+    paths = [
+        path
+        for path, parameter in network.named_parameters()
+        if parameter.numel() and path.rpartition(".")[0] not in norms
+    ]
+    left_out = fitting(paths, exclude, "exclude")
+    if not set(paths) - left_out:
+        raise UsageError("no weight is left to share: the network has none, or all are excluded")
+    return [path for path in paths if path not in left_out]
 
 
 def first_step(weight: Tensor, bits: float) -> Tensor:
@@ -262,9 +259,9 @@ class _Law:
     """The bits of integers by the law of `charged`.
 
     count: how many there are; nonzero: of them not zero; total: the sum of their sizes. bits: of
-    all together. first: what one costs more than zero, at least as much as
-    `further`: what each next one does.
-    A half more of each kind keeps rare ones from costing without bound.
+    all together. further: what each next one costs more than the one before it; first: what one
+    costs more than zero, at least as much. A half more of each kind keeps rare ones from costing
+    without bound.
     """
 
     def __init__(self, count: int, nonzero: int, total: float) -> None:
@@ -275,19 +272,3 @@ class _Law:
         first = sign + stop - zero
         self.first = max(first, self.further)
         self.bits = count * zero + nonzero * first + (total - nonzero) * self.further
-
-
-def _as_it_is(weight: Tensor, before: Tensor) -> Codebook:
-    """The codebook of a tensor that has few values already. before: what it was."""
-    values, indices = weight.unique(return_inverse=True)
-    zero = (values == 0).nonzero().flatten().tolist()
-    lost = (weight.double() - before.double()).square().sum()
-    energy = before.double().square().sum()
-    return Codebook(
-        values, indices.to(torch.uint8), float(lost / energy) if energy else 0.0, *zero[:1]
-    )
-
-
-def _key(path: str) -> str:
-    """A path as a parameter's name, which may have no dots."""
-    return path.replace(".", "/")

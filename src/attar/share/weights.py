@@ -45,7 +45,7 @@ def shareable(module: nn.Module, exclude: Iterable[str] = ()) -> list[str]:
     and those whose path fits a pattern of `exclude` (`classifier.*`). Raises `UsageError` for a
     pattern that fits nothing."""
     weights = [n for n, p in module.named_parameters() if _has_weights(p)]
-    left_out = _fitting(weights, exclude, "exclude")
+    left_out = fitting(weights, exclude, "exclude")
     return [name for name in weights if name not in left_out]
 
 
@@ -228,11 +228,11 @@ def _importances(importance: Mapping[str, Tensor], module: nn.Module) -> dict[st
 
 def _unfit(weights: Mapping[str, Tensor], vectors: Vectors) -> dict[str, str | None]:
     """Why each tensor that was to share vectors can't; `None` where it can."""
-    wanted = _fitting(weights, vectors.layers, "vectors.layers")
+    wanted = fitting(weights, vectors.layers, "vectors.layers")
     return {path: unfit(weights[path], vectors) for path in weights if path in wanted}
 
 
-def _fitting(names: Iterable[str], patterns: Iterable[str], setting: str) -> set[str]:
+def fitting(names: Iterable[str], patterns: Iterable[str], setting: str) -> set[str]:
     """The weights, or those of the layers, that patterns name. Raises `UsageError` for a pattern
     that names none."""
     known, found = list(names), set()

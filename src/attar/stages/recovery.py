@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -11,6 +12,9 @@ from attar.stages.base import Context, OnEpoch, Wrap
 from attar.stages.distill import Distill, Written
 from attar.student import Student
 from attar.training.config import Training
+from attar.training.objective import Objective
+
+Made = TypeVar("Made", bound=Objective)
 
 
 class Recovery(Training):
@@ -45,6 +49,22 @@ class Recovery(Training):
         stage = self._distill
         stage._label, stage._on_epoch, stage._wrap = label, on_epoch, wrap
         return stage.apply(student, run)
+
+    def through(
+        self,
+        student: Student,
+        run: Context,
+        make: Callable[[Objective], Made],
+        label: str = "recover",
+    ) -> tuple[Student, Made]:
+        """The student, trained by the objective that `make` makes of the recovery's, and that."""
+        made: list[Made] = []
+
+        def wrap(inner: Objective) -> Objective:
+            made.append(make(inner))
+            return made[-1]
+
+        return self.recovered(student, run, label=label, wrap=wrap), made[-1]
 
     @property
     def _asks(self) -> bool:

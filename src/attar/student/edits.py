@@ -119,49 +119,24 @@ class Edit(ABC):
 def edit_from(record: dict[str, Any], tensors: dict[str, Tensor]) -> Edit:
     """The edit of `record["kind"]`. Raises `CheckpointError` for a kind this version lacks, and for
     a damaged record."""
-    kind = _kind_of(record)
-    with _damage_said(kind):
-        return Edit.kinds[kind].from_json(record, tensors)
-
-
-def implied_tensors(record: dict[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What `Edit.implied` says of the record's kind. Raises as `edit_from`."""
-    kind = _kind_of(record)
-    with _damage_said(kind):
-        return Edit.kinds[kind].implied(record, weights)
-
-
-def shortened(record: dict[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What `Edit.shortened` makes of a record. Raises as `edit_from`."""
-    kind = _kind_of(record)
-    with _damage_said(kind):
-        return Edit.kinds[kind].shortened(record, weights)
-
-
-def lengthened(record: dict[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What `Edit.lengthened` makes of a record. Raises as `edit_from`."""
-    kind = _kind_of(record)
-    with _damage_said(kind):
-        return Edit.kinds[kind].lengthened(record, weights)
-
-
-def _kind_of(record: Any) -> str:
-    kind = str(record.get("kind") if isinstance(record, dict) else None)
-    if kind not in Edit.kinds:
-        raise CheckpointError(
-            f"the student has an edit of unknown kind {kind!r}{near(kind, list(Edit.kinds))}; "
-            "it may come from a newer Attar"
-        )
-    return kind
+    with kind_of(record) as kind:
+        return kind.from_json(record, tensors)
 
 
 @contextmanager
-def _damage_said(kind: str) -> Iterator[None]:
+def kind_of(record: Any) -> Iterator[type[Edit]]:
+    """The class of `record["kind"]`, for what is done with the record. Raises as `edit_from`."""
+    name = str(record.get("kind") if isinstance(record, dict) else None)
+    if name not in Edit.kinds:
+        raise CheckpointError(
+            f"the student has an edit of unknown kind {name!r}{near(name, list(Edit.kinds))}; "
+            "it may come from a newer Attar"
+        )
     try:
-        yield
+        yield Edit.kinds[name]
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"the student's record of kind {kind!r} is damaged: {type(error).__name__}: {error}"
+            f"the student's record of kind {name!r} is damaged: {type(error).__name__}: {error}"
         ) from None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -61,3 +61,16 @@ class Reweighted(Objective):
     def _deployed(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         weights = self.judged_weights(network)
         return functional_call(network, weights, args, kwargs, tie_weights=False)
+
+
+def under_each_name(network: nn.Module, made: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What was computed for parameters, by path, under every name that each of them has: a tied one
+    is computed once and given to all of its owners."""
+    by_parameter = {id(network.get_parameter(path)): value for path, value in made.items()}
+    named = network.named_parameters(remove_duplicate=False)
+    return {name: by_parameter[id(p)] for name, p in named if id(p) in by_parameter}
+
+
+def as_name(path: str) -> str:
+    """A path as a parameter's or a buffer's name, which may have no dots."""
+    return path.replace(".", "/")

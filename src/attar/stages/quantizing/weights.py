@@ -22,7 +22,6 @@ from attar.runtimes.target import Target
 from attar.stages.base import Context
 from attar.stages.quantizing import calibration, decided, runtime_bench, traced
 from attar.student import Student
-from attar.training.objective import Objective
 
 if TYPE_CHECKING:
     from attar.stages.quantize import Quantize
@@ -77,22 +76,18 @@ def _trained(
     the same, stored without training."""
     assert stage.recover is not None
     (edit,) = (e for e in stored.edits if isinstance(e, WeightsQuantized))
-    made: list[OnLearnedGrid] = []
-
-    def wrap(inner: Objective) -> Objective:
-        made.append(
-            OnLearnedGrid(
-                inner,
-                student.module,
-                bits=bits,
-                weights=edit.weights,
-                per_tensor=shared_grids(student),
-            )
-        )
-        return made[-1]
-
-    trained = stage.recover.recovered(student, run, wrap=wrap)
-    return trained, made[-1].scales()
+    trained, objective = stage.recover.through(
+        student,
+        run,
+        lambda inner: OnLearnedGrid(
+            inner,
+            student.module,
+            bits=bits,
+            weights=edit.weights,
+            per_tensor=shared_grids(student),
+        ),
+    )
+    return trained, objective.scales()
 
 
 def _faster(students: dict[Kernel, Student], run: Context) -> Student:

@@ -12,7 +12,6 @@ from attar.stages.base import Context
 from attar.stages.sharing.clustered import record
 from attar.student import Student
 from attar.student.packed import packed_size
-from attar.training.objective import Objective
 from attar.units import readable
 
 if TYPE_CHECKING:
@@ -25,22 +24,19 @@ TABLE = 6
 def share_by_dkm(stage: Share, student: Student, run: Context, bits: int) -> Student:
     """The student trained through differentiable k-means, then clustered for good."""
     assert stage.recover is not None
-    made: list[DifferentiableKMeans] = []
-
-    def wrap(inner: Objective) -> Objective:
-        made.append(
-            DifferentiableKMeans(
-                inner,
-                student.module,
-                bits=bits,
-                temperature=stage.temperature,
-                exclude=stage.exclude,
-            )
-        )
-        return made[-1]
-
-    trained = stage.recover.recovered(student, run, label="share", wrap=wrap)
-    edit, done = made[-1].share(trained.module)
+    trained, objective = stage.recover.through(
+        student,
+        run,
+        lambda inner: DifferentiableKMeans(
+            inner,
+            student.module,
+            bits=bits,
+            temperature=stage.temperature,
+            exclude=stage.exclude,
+        ),
+        label="share",
+    )
+    edit, done = objective.share(trained.module)
     record(run, done, bits=bits)
     return trained.edited(edit)
 
@@ -52,20 +48,17 @@ def share_by_rate(
     worth. size: instead, what the packed file shall take, in bytes."""
     assert stage.recover is not None
     kilobytes = None if size is None else _room(stage, student, size) / 1000
-    made: list[RateDistortion] = []
-
-    def wrap(inner: Objective) -> Objective:
-        made.append(
-            RateDistortion(
-                inner, student.module, rate=rate, kilobytes=kilobytes, exclude=stage.exclude
-            )
-        )
-        return made[-1]
-
     # the best epoch on validation would be an early one, whose weights cost the most
     recover = stage.recover.model_copy(update={"keep": "last"})
-    trained = recover.recovered(student, run, label="share", wrap=wrap)
-    edit, done = made[-1].share(trained.module)
+    trained, objective = recover.through(
+        student,
+        run,
+        lambda inner: RateDistortion(
+            inner, student.module, rate=rate, kilobytes=kilobytes, exclude=stage.exclude
+        ),
+        label="share",
+    )
+    edit, done = objective.share(trained.module)
     round_norms(trained.module, stage.norms)
     record(run, done, rate=rate)
     result = trained.edited(edit)

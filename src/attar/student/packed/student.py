@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from attar.models.base import ModelSpec
 from attar.models.building import shapes_of
-from attar.student.edits import Edit, edit_from, implied_tensors, lengthened, shortened
+from attar.student.edits import Edit, kind_of
 from attar.student.fingerprint import tensors_sha256
 from attar.student.packed import tensors as coded
 from attar.student.packed.ans import Reader, Writer
@@ -146,7 +146,8 @@ def _hints(edits: Sequence[Edit], weights: Mapping[str, Tensor]) -> list[coded.H
 
 def _said(edit: Edit, record: dict[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """An edit's tensors that don't follow from its record and the weights."""
-    implied = implied_tensors(record, weights)
+    with kind_of(record) as kind:
+        implied = kind.implied(record, weights)
     return {
         name: tensor
         for name, tensor in edit.tensors().items()
@@ -174,7 +175,8 @@ def _edits(
         long = _long_record(short, promise, weights)
         prefix = f"{place}/"
         own = {k.removeprefix(prefix): t for k, t in beside.items() if k.startswith(prefix)}
-        edits.append(edit_from(long, {**implied_tensors(long, weights), **own}))
+        with kind_of(long) as kind:
+            edits.append(kind.from_json(long, {**kind.implied(long, weights), **own}))
     return edits
 
 
@@ -201,11 +203,13 @@ def _network(
 def _short_record(
     record: dict[str, Any], promise: str, weights: Mapping[str, Tensor]
 ) -> dict[str, Any]:
-    short = shortened(record, weights)
+    with kind_of(record) as kind:
+        short = kind.shortened(record, weights)
     return short | ({"weights_sha256": True} if record.get("weights_sha256") == promise else {})
 
 
 def _long_record(record: Any, promise: str, weights: Mapping[str, Tensor]) -> Any:
     if isinstance(record, dict) and record.get("weights_sha256") is True:
         record = record | {"weights_sha256": promise}
-    return lengthened(record, weights)
+    with kind_of(record) as kind:
+        return kind.lengthened(record, weights)
