@@ -327,8 +327,15 @@ def test_something_else_is_refused():
 
 def test_a_newer_version_is_refused():
     data = bytearray(pack_student(made()))
-    data[3] = 2
-    with pytest.raises(CheckpointError, match="version 2; this Attar reads up to 1: upgrade attar"):
+    data[3] = 3
+    with pytest.raises(CheckpointError, match="version 3; this Attar reads up to 2: upgrade attar"):
+        read_tensors(bytes(data))
+
+
+def test_a_draft_s_version_is_refused():
+    data = bytearray(pack_student(made()))
+    data[3] = 1
+    with pytest.raises(CheckpointError, match="version 1, an early draft's: pack its run again"):
         read_tensors(bytes(data))
 
 
@@ -350,6 +357,6 @@ def test_a_type_without_a_place_is_refused():
 def test_a_header_that_unfolds_without_end_is_refused():
     deflate = zlib.compressobj(9, zlib.DEFLATED, -15)
     body = deflate.compress(bytes(1 << 25)) + deflate.flush()
-    data = b"ATR\x01" + zlib.crc32(body).to_bytes(4, "little") + body
+    data = b"ATR\x02" + zlib.crc32(body).to_bytes(4, "little") + body
     with pytest.raises(CheckpointError, match="header has no end"):
         read_tensors(data)

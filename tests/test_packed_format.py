@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from attar.student import Student
-from attar.student.packed import ans, pack_student, packed, unpack_student
+from attar.student.packed import ans, models, pack_student, packed, split, unpack_student
+from attar.student.packed.split import write_low
 from attar.student.packed.student import _settled
 from test_packed_fuzz import zoo
 from test_student import WAYS, made_by
@@ -110,13 +111,26 @@ class Symbols:
         assert sum(f) == TOTAL and min(f) >= 1
         q, ends = self.state % TOTAL, list(accumulate(f))
         s = bisect_right(ends, q)
-        self.state = (self.state >> 24) * f[s] + q - (ends[s] - f[s])
-        self.refill()
+        self.take(f[s], q - (ends[s] - f[s]))
         return s
+
+    def take(self, f: int, above: int) -> None:
+        self.state = (self.state >> 24) * f + above
+        self.refill()
 
     def piece(self, tables: list[list[int]]) -> list[int]:
         found = [self.one(f) for f in tables]
         self.passed(len(found))
+        return found
+
+    def even(self, n: int, count: int = 1) -> list[int]:
+        """A piece of the table whose parts are alike, but for the last."""
+        found, each = [], TOTAL // n
+        for _ in range(count):
+            q = self.state % TOTAL
+            found.append(min(q // each, n - 1))
+            self.take(each + (TOTAL % n if found[-1] == n - 1 else 0), q - each * found[-1])
+        self.passed(count)
         return found
 
     def passed(self, count: int) -> None:
@@ -128,7 +142,7 @@ class Symbols:
     def uniform(self, n: int) -> int:
         if n == 1:
             return 0
-        return self.piece([even(n)])[0]
+        return self.even(n)[0]
 
     def raw(self, bits: int) -> int:
         value = shift = 0
@@ -150,7 +164,7 @@ class Symbols:
 
     def array(self, count: int, f: list[int]) -> list[int]:
         k = len(f)
-        group = 1 if count < 16384 or k > 16 else 4 if k <= 4 else 2
+        group = 1 if count < 16384 or k > 64 else 4 if k <= 4 else 2
         many = f
         for _ in range(group.bit_length() - 1):
             many = table([a * b >> 24 for a in many for b in many])
@@ -166,13 +180,13 @@ class Symbols:
 
     def bytes(self, count: int) -> list[int]:
         found: list[int] = []
-        for start in range(0, count, ans.PIECE):
-            found += self.piece([even(256)] * min(ans.PIECE, count - start))
+        whole = count // 3
+        for start in range(0, whole, ans.PIECE):
+            for triple in self.even(TOTAL, min(ans.PIECE, whole - start)):
+                found += [triple >> 16, triple >> 8 & 255, triple & 255]
+        if left := count % 3:
+            found += self.even(256, left)
         return found
-
-
-def even(n: int) -> list[int]:
-    return [TOTAL // n] * (n - 1) + [TOTAL // n + TOTAL % n]
 
 
 # --- tensors
@@ -334,7 +348,10 @@ class Tensors:
         if k == 1:
             return [0] * count
         models = [self.counted, self.decaying, self.earlier]
-        f = models[s.symbol("model", 4)](places)
+        model = s.symbol("model", 4)
+        if model == 3:
+            return self.split(count, places)
+        f = models[model](places)
         self.kept = [f, *self.kept][:8]
         learning = s.symbol("learning", 8) if count <= 4096 and k <= 512 else 0
         strength = [0, 4, 8, 16, 32, 64, 128, 256][learning]
@@ -369,6 +386,17 @@ class Tensors:
             w[peak] = TOTAL * ((4 + odds % 4) << odds // 4) >> 8
         return table(w)
 
+    def split(self, count: int, places: list[int]) -> list[int]:
+        k, b = len(places), self.s.symbol("low bits", 16)
+        zero = min(range(k), key=lambda i: (abs(places[i]), i))
+        high = self.coded(count, [i - (zero >> b) for i in range(-(-k // 2**b))])
+        found = [h << b for h in high]
+        for bit in reversed(range(b)):
+            data = self.s.bytes(-(-count // 8))
+            found = [x | (data[i // 8] >> i % 8 & 1) << bit for i, x in enumerate(found)]
+        assert b and max(found) < k
+        return found
+
     def earlier(self, places: list[int]) -> list[int]:
         f = self.kept[self.s.symbol("earlier", 8)]
         assert len(f) == len(places)
@@ -377,7 +405,7 @@ class Tensors:
 
 def read(data: bytes) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """The record, the weights and the edits' tensors: type, shape and bits by name."""
-    assert data[:4] == b"ATR\x01"
+    assert data[:4] == b"ATR\x02"
     assert zlib.crc32(data[8:]) == int.from_bytes(data[4:8], "little")
     inflate = zlib.decompressobj(-15, DICTIONARY)
     record, weights, edits = json.loads(inflate.decompress(data[8:]))
@@ -440,11 +468,23 @@ class Many(nn.Module):
         self.register_buffer("ternary", torch.randn(size, generator=draw).round().clamp(-1, 1) + 0)
         self.register_buffer("ten", torch.randint(0, 10, (size,), generator=draw).float() * 0.1)
         self.register_buffer("many", torch.randn(size // 8, generator=draw))
+        spread = torch.randn(size, generator=draw)
+        self.register_buffer("fine", (spread * 30).round() * 0.25 + 0)
+        self.register_buffer("finest", (spread * 99).round() * 0.5 + 0)
         self.register_buffer("few", torch.randint(0, 9, (50,), generator=draw).float())
 
 
 def test_groups_are_read_as_the_page_says():
     assert_reads(Student(Many(20_001)))
+
+
+def test_low_bits_are_read_as_the_page_says(monkeypatch):
+    """Of so few symbols they aren't worth a table of their own only if that may cost something."""
+    monkeypatch.setattr(split, "LOSS", 0.02)
+    seen = []
+    monkeypatch.setattr(models, "write_low", lambda w, s, b: (seen.append(b), write_low(w, s, b)))
+    assert_reads(Student(Many(20_001)))
+    assert len(set(seen)) > 1 and max(seen) > 2
 
 
 def test_streams_end_where_the_page_says(monkeypatch):

@@ -24,7 +24,12 @@ PIECE = 1 << 16
 """Symbols that are coded at once: they stay in the processor's cache."""
 GROUPED_FROM = 1 << 14
 """From so many symbols on, those of small alphabets are coded two or four at a time."""
+PAIRED_UP_TO = 64
+"""Symbols of an alphabet that is coded in pairs: the pairs' table still is in the processor's
+nearest cache."""
 RAW_BITS = 16
+TRIPLE = 3
+"""Plain bytes that are coded at once."""
 
 _Coder = constriction.stream.stack.AnsCoder
 _model = constriction.stream.model
@@ -38,7 +43,7 @@ def model_of(table: Table) -> Any:
 
 def group_of(size: int, count: int) -> int:
     """How many symbols of an alphabet are coded as one."""
-    if count < GROUPED_FROM or size > 16:
+    if count < GROUPED_FROM or size > PAIRED_UP_TO:
         return 1
     return 4 if size <= 4 else 2
 
@@ -155,8 +160,11 @@ class Writer:
 
     def plain(self, values: np.ndarray) -> None:
         """Bytes as they are."""
-        for part in _parts(values, PIECE):
-            self._note(part.size, _uniform(256), part)
+        whole = values.size // TRIPLE * TRIPLE
+        for part in _parts(values[:whole], PIECE * TRIPLE):
+            self._note(part.size // TRIPLE, _uniform(1 << 24), part, (256, TRIPLE))
+        if whole < values.size:
+            self._note(values.size - whole, _uniform(256), values[whole:])
         self.bits += 8 * values.size
 
     def each(self, symbols: np.ndarray, tables: np.ndarray) -> None:
@@ -237,9 +245,14 @@ class Reader:
         return found
 
     def plain(self, count: int) -> np.ndarray:
+        whole = count // TRIPLE * TRIPLE
         found = np.empty(count, np.uint8)
-        for part in _parts(found, PIECE):
-            part[:] = self._decode(_uniform(256), part.size)
+        for part in _parts(found[:whole], PIECE * TRIPLE):
+            triples = self._decode(_uniform(1 << 24), part.size // TRIPLE)
+            for place in range(TRIPLE):
+                part[place::TRIPLE] = triples >> 8 * (TRIPLE - 1 - place)
+        if whole < count:
+            found[whole:] = self._decode(_uniform(256), count - whole)
         return found
 
     def each(self, tables: np.ndarray) -> np.ndarray:

@@ -18,7 +18,8 @@ from attar.errors import CheckpointError
 from attar.student.packed.damage import damaged
 
 MAGIC = b"ATR"
-VERSION = 1
+VERSION = 2
+"""Version 1 was an early draft's, before 0.1.0."""
 LARGEST_HEADER = 1 << 24
 MOST_TENSORS = 1 << 16
 START = 8
@@ -54,7 +55,7 @@ def seal(header: Header, streams: Sequence[bytes]) -> bytes:
 def unseal(data: bytes) -> tuple[Header, Callable[[], memoryview | None]]:
     """The header, and what gives the streams one after another.
 
-    Raises `CheckpointError` for anything but a whole file of this version or an earlier one.
+    Raises `CheckpointError` for anything but a whole file of this version.
     """
     if not data.startswith(MAGIC):
         raise CheckpointError("this is no packed student: it doesn't begin as one")
@@ -65,8 +66,13 @@ def unseal(data: bytes) -> tuple[Header, Callable[[], memoryview | None]]:
             f"the packed student has version {data[3]}; this Attar reads up to {VERSION}: upgrade "
             "attar"
         )
+    if data[3] < VERSION:
+        raise CheckpointError(
+            f"the packed student has version {data[3]}, an early draft's: pack its run again by "
+            "`attar pack`"
+        )
     body = memoryview(data)[START:]
-    if data[3] < 1 or zlib.crc32(body) != int.from_bytes(data[4:START], "little"):
+    if zlib.crc32(body) != int.from_bytes(data[4:START], "little"):
         raise damaged("its checksum is wrong, so some of it is missing or changed")
     text, rest = _inflated(body)
     return _header(text), _streams(rest)

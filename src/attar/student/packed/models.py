@@ -8,6 +8,9 @@ Three ways to say a table, whichever makes the file smallest:
   weights are zero: two to three bytes;
 - earlier: the table of symbols before these.
 
+Where the low bits of many symbols hardly say anything about one another, these are stored as they
+are, and only the high ones have a table (split): that is read in two thirds of the time.
+
 Few symbols don't pay for an exact table: then the table only is where counting starts from, and
 every symbol moves it on (`learning`: how many symbols the start counts for; 0: it stays).
 """
@@ -24,9 +27,10 @@ from scipy.special import gammaln
 
 from attar.student.packed.ans import Reader, Writer
 from attar.student.packed.damage import damaged
+from attar.student.packed.split import LOW_BITS, grouped_counts, read_low, spare_bits, write_low
 from attar.student.packed.tables import TOTAL, Table, bits_of, cost, table_of
 
-COUNTED, DECAYING, EARLIER, KINDS = 0, 1, 2, 4
+COUNTED, DECAYING, EARLIER, SPLIT, KINDS = 0, 1, 2, 3, 4
 LEARNING_UP_TO = 4096
 LEARNT_SYMBOLS = 512
 """Symbols that may be coded by a table that moves, and of how large an alphabet: it is slow, and
@@ -54,6 +58,11 @@ class Symbols:
     def of(cls, values: np.ndarray, places: np.ndarray) -> Symbols:
         return cls(values, places, _counted(values, len(places)))
 
+    def high(self, bits: int) -> Symbols:
+        """The same without their low bits."""
+        high = self.values >> self.values.dtype.type(bits)
+        return Symbols(high, high_places(self.places, bits), grouped_counts(self.counts, bits))
+
 
 def _counted(values: np.ndarray, size: int) -> np.ndarray:
     """How many there are of each; bytes two at a time."""
@@ -66,6 +75,11 @@ def _counted(values: np.ndarray, size: int) -> np.ndarray:
     return counts[:size]
 
 
+def high_places(places: np.ndarray, bits: int) -> np.ndarray:
+    """Where symbols without their low bits lie: one apart, that of zero at 0."""
+    return np.arange(len(places) + (1 << bits) - 1 >> bits) - (_zero(places) >> bits)
+
+
 class Models:
     """Codes arrays of symbols, and remembers the tables."""
 
@@ -73,7 +87,17 @@ class Models:
         self.known: list[Table] = []
 
     def write(self, writer: Writer, symbols: Symbols) -> None:
-        """The table, how fast it learns, and the symbols, in the fewest bits."""
+        """The table, how fast it learns, and the symbols, in the fewest bits, or hardly more."""
+        bits = spare_bits(symbols.counts)
+        if not bits:
+            self._write_whole(writer, symbols)
+            return
+        writer.symbol("model", SPLIT, KINDS)
+        writer.symbol("low bits", bits, LOW_BITS)
+        self._write_whole(writer, symbols.high(bits))
+        write_low(writer, symbols.values, bits)
+
+    def _write_whole(self, writer: Writer, symbols: Symbols) -> None:
         if len(symbols.places) == 1:
             return
         few = _may_learn(len(symbols.values), len(symbols.places))
@@ -102,7 +126,10 @@ class Models:
         """`count` of `values`, (k,), by their symbols."""
         if len(places) == 1:
             return np.full(count, values[0])
-        table = self._read_table(reader, places)
+        kind = reader.symbol("model", KINDS)
+        if kind == SPLIT:
+            return values.take(self._read_split(reader, count, places), mode="clip")
+        table = self._read_table(reader, kind, places)
         self._remember(table)
         few = _may_learn(count, len(places))
         learning = reader.symbol("learning", len(STRENGTHS)) if few else 0
@@ -138,8 +165,20 @@ class Models:
                 fork.symbol("earlier", back, EARLIER_MODELS)
                 yield fork, table
 
-    def _read_table(self, reader: Reader, places: np.ndarray) -> Table:
-        kind = reader.symbol("model", KINDS)
+    def _read_split(self, reader: Reader, count: int, places: np.ndarray) -> np.ndarray:
+        """Symbols, by high and low bits."""
+        bits = reader.symbol("low bits", LOW_BITS)
+        if not bits:
+            raise damaged("it splits symbols into nothing")
+        high = high_places(places, bits)
+        kind = np.uint8 if len(high) << bits <= 256 else np.uint16
+        symbols = self.read(reader, count, high, (np.arange(len(high)) << bits).astype(kind))
+        read_low(reader, symbols, bits)
+        if symbols.max() >= len(places):
+            raise damaged("it has symbols that don't stand for anything")
+        return symbols
+
+    def _read_table(self, reader: Reader, kind: int, places: np.ndarray) -> Table:
         if kind == COUNTED:
             return read_counted(reader, len(places))
         if kind == DECAYING:
