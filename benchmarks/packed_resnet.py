@@ -4,9 +4,10 @@
 
 The network is one that others trained (3.4 MB of float32 weights); `packed_resnet.yaml` trains its
 weights for accuracy and few bits at once, with the network itself as the teacher, and packs them.
-Beside it, what a user would do without training: 4- and 3-bit codebooks by optimal k-means, packed
-as well, and the float weights compressed by `xz`. Choices are made on one half of the test images,
-figures are of the other half: `resnet56_drop` in points, paired image by image.
+Beside it, what a user would do without training, packed as well: int8 and 4-bit weights, 4- and
+3-bit codebooks by optimal k-means; and the float weights compressed by `xz`. Choices are made on
+one half of the test images, figures are of the other half: `resnet56_drop` in points, paired image
+by image.
 
 Finished trainings are lines of `results/packed_resnet.jsonl`; what is there for the same recipe is
 not run again. `--quick` trains one epoch on 2,000 images, and keeps nothing.
@@ -38,17 +39,23 @@ QUICK = [
     "stages.share.recover.epochs=1",
     "stages.share.recover.views=1",
 ]
-CLUSTERED = "stages=[{share: {bits: %d}}]"
+UNTRAINED = {
+    "int8": ("int8", "quantize: {fallback: off}"),
+    "int4-weights": ("4-bit weights", "quantize: {scheme: int4-weights}"),
+    "kmeans-4": ("4-bit codebooks", "share: {bits: 4}"),
+    "kmeans-3": ("3-bit codebooks", "share: {bits: 3}"),
+}
+"""By label: what it is called, and the stage that does it."""
 Line = dict[str, Any]
 
 
 def measured(recipe: Recipe, label: str) -> Line:
-    """One run's share row, as a line of the log."""
+    """The row of a run's one stage, as a line of the log."""
     started = time.perf_counter()
     folder = RUNS / f"packed-resnet56-{label}-{recipe.seed}"
     ledger = run(recipe, folder, resume=True, tell=progress).ledger
     teacher = ledger["rows"][0]
-    row = next(row for row in ledger["rows"] if row["stage"] == "share")
+    row = next(row for row in ledger["rows"] if row["stage"] in ("share", "quantize"))
     weights = (folder / "stages" / "00-teacher" / "student" / "weights.safetensors").read_bytes()
     return {
         "label": label,
@@ -126,10 +133,9 @@ def main() -> None:
     ratio = f"{first['teacher_bytes'] / first['xz_bytes']:.1f}"
     rows.append(["float32, xz -9", f"{first['xz_bytes'] / 1000:.0f}", ratio, "", "", ""])
     subset = [o for o in extra if o.startswith("data")]
-    for bits in (4, 3):
-        label = f"kmeans-{bits}"
-        found = line_of(label, 0, [*subset, CLUSTERED % bits], quick)
-        rows.append(row_of(f"{bits}-bit codebooks, untrained", [found]))
+    for label, (said, stage) in UNTRAINED.items():
+        found = line_of(label, 0, [*subset, f"stages=[{{{stage}}}]"], quick)
+        rows.append(row_of(f"{said}, untrained", [found]))
     rows.append(row_of("accuracy and bits trained", trained))
     show(
         "ResNet-56 on CIFAR-10, packed",

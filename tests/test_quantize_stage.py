@@ -21,6 +21,7 @@ from attar.stages.base import Context
 from attar.stages.quantize import Quantize
 from attar.stages.quantizing import spread_over
 from attar.student import Student
+from attar.student.packed import packed
 from attar.tasks.base import tasks
 from network_fixture import Encoder
 
@@ -195,6 +196,13 @@ def test_dynamic_int8_that_is_slower_leaves_weights_in_bytes(run, monkeypatch):
     student = Quantize(scheme="int8-dynamic").apply(Student(Encoder().eval()), run)
     assert student.edits[-1].kind == "weights-quantized"
     assert run.found["float_layers"][0]["layer"] == "*"
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8-dynamic"])
+def test_int8_students_are_packed_as_integers(scheme, run):
+    student = Quantize(scheme=scheme, fallback="off").apply(Student(Encoder().eval()), run)
+    stored = packed(student).tensors
+    assert {stored[f"{layer}.weight"].form for layer in ("embed", "up", "down", "head")} == {"rows"}
 
 
 def test_of_two_files_of_the_same_4_bit_weights_the_faster_is_kept(run, monkeypatch):

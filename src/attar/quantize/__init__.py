@@ -10,6 +10,7 @@ from attar.quantize.dynamic import QuantizedDynamically, quantize_dynamically
 from attar.quantize.edit import Quantized, Scheme, quantized_reference
 from attar.quantize.post_training import quantize
 from attar.quantize.ranges import ranges
+from attar.quantize.settling import settle_weights
 from attar.quantize.weight_only import WeightsQuantized, quantize_weights
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "quantized_reference",
     "ranges",
     "safe_on",
+    "settle_weights",
     "weight_bits",
 ]

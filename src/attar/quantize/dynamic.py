@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -25,7 +26,7 @@ from attar.quantize.weight_scales import integers, step_sizes
 from attar.runtimes.aten import argument, operator
 from attar.runtimes.base import runtimes
 from attar.student import Student
-from attar.student.edits import Rounds
+from attar.student.edits import Rounds, RowGrid
 from attar.student.fingerprint import weights_sha256
 
 LINEAR = {"linear": 1}
@@ -55,6 +56,13 @@ class QuantizedDynamically(WeightEdit):
     kind: ClassVar[str] = "quantized-dynamically"
     rounds: ClassVar[Rounds] = "activations"
     scheme_class: ClassVar[type[Any]] = DynamicScheme
+
+    def settled_at(self, weights_sha256: str, steps: Mapping[str, Tensor]) -> QuantizedDynamically:
+        """The same of weights that lie on their grids, with this checksum; steps: its own."""
+        return QuantizedDynamically(self.scheme, self.weights, self.scales, weights_sha256)
+
+    def row_grids(self) -> dict[str, RowGrid]:
+        return {path: RowGrid(scale, None) for path, scale in self.scales.items()}
 
     def store(self, graph: GraphModule, held: Held) -> None:
         import attar.runtimes.onnx_operators  # noqa: F401 - has torch.ops.attar

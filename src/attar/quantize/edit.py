@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 from attar.errors import CheckpointError
 from attar.quantize.cpu import safe_on, weight_bits
 from attar.student import Edit
-from attar.student.edits import Rounds
+from attar.student.edits import Rounds, RowGrid
 from attar.student.fingerprint import weights_sha256
 
 
@@ -58,7 +58,8 @@ class Quantized(Edit):
     grids were chosen for.
 
     biases: what bias correction adds to layers' biases, float32 (channels,), by the key of the
-    layer's weight's grid without `/weight`; none by default.
+    layer's weight's grid without `/weight`; none by default. steps: of weights that lie on their
+    grids themselves (`settle_weights`), float32 (channels, 1), by parameter path.
     """
 
     kind: ClassVar[str] = "quantized"
@@ -70,11 +71,17 @@ class Quantized(Edit):
         grids: Grids,
         weights_sha256: str,
         biases: Mapping[str, Tensor] | None = None,
+        steps: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.scheme = scheme
         self.grids = grids
         self.weights_sha256 = weights_sha256
         self.biases = dict(biases or {})
+        self.steps = dict(steps or {})
+
+    def settled_at(self, weights_sha256: str, steps: Mapping[str, Tensor]) -> Quantized:
+        """The same of weights that lie on their grids, with this checksum."""
+        return Quantized(self.scheme, self.grids, weights_sha256, self.biases, steps)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -82,6 +89,7 @@ class Quantized(Edit):
             "safe_on": safe_on(self.scheme.weight_bits),
             "grids": list(self.grids),
             "biases": list(self.biases),
+            "steps": list(self.steps),
             "weights_sha256": self.weights_sha256,
         }
 
@@ -91,7 +99,8 @@ class Quantized(Edit):
             for key, grid in self.grids.items()
             for name, tensor in zip(("scale", "zero_point"), grid, strict=True)
         }
-        return grids | {f"bias/{key}": bias for key, bias in self.biases.items()}
+        biases = {f"bias/{key}": bias for key, bias in self.biases.items()}
+        return grids | biases | {f"steps/{path}": steps for path, steps in self.steps.items()}
 
     @classmethod
     def from_json(cls, record: dict[str, Any], tensors: dict[str, Tensor]) -> Quantized:
@@ -100,14 +109,18 @@ class Quantized(Edit):
                 k: (tensors[f"scale/{k}"], tensors[f"zero_point/{k}"]) for k in record["grids"]
             }
             biases = {k: tensors[f"bias/{k}"] for k in record.get("biases", ())}
+            steps = {path: tensors[f"steps/{path}"] for path in record.get("steps", ())}
         except KeyError as error:
             raise CheckpointError(f"the student's quantization lacks {error}") from None
         known = record["scheme"]
         scheme = Scheme(**{**known, "float_layers": tuple(known["float_layers"])})
-        return cls(scheme, grids, record["weights_sha256"], biases)
+        return cls(scheme, grids, record["weights_sha256"], biases, steps)
 
     def check(self, module: nn.Module) -> list[str]:
         return changed_weights(module, self.weights_sha256)
+
+    def row_grids(self) -> dict[str, RowGrid]:
+        return {path: RowGrid(steps, None) for path, steps in self.steps.items()}
 
     def graph(
         self,

@@ -167,7 +167,7 @@ def _compute_weights(graph: GraphModule) -> None:
     """Puts one constant where a layer's weight is computed from nothing but constants, none of
     which has that weight's name (as where it is standardised: there is a grid for what it was)."""
     for node in list(graph.graph.nodes):
-        name = f"{module_path(node)}.weight"
+        name = f"{module_path(node) or node.name}.weight"
         known = is_constant(argument(node, 1)) or name in graph.meta["originals"]
         if operator(node) not in FOLDABLE or known:
             continue

@@ -73,7 +73,8 @@ class WeightEdit(Edit):
         known = record["scheme"]
         scheme = cls.scheme_class(**{**known, "float_layers": tuple(known["float_layers"])})
         weights = [str(path) for path in record["weights"]]
-        edit = cls(scheme, weights, tensors, str(record["weights_sha256"]))
+        scales = {path: tensors[path] for path in weights if path in tensors}  # in their order
+        edit = cls(scheme, weights, scales, str(record["weights_sha256"]))
         if edit.has_scales and (missing := set(weights) ^ set(tensors)):
             raise CheckpointError(f"the student's quantization lacks the scales of {min(missing)}")
         return edit
@@ -131,13 +132,13 @@ def held_weights(
         if node not in read or not is_constant(node):
             continue
         value = constant(graph, node)
-        path, own = _parameter(module, str(node.target))
+        path, own = parameter_of(module, str(node.target))
         if own is not None and own.shape == value.shape and value.dim() > 1:
             factor = factors(graph).get(str(node.target), torch.ones(len(own)))
             yield Held(path, node, own, factor.float()[:, None])
 
 
-def _parameter(module: nn.Module, target: str) -> tuple[str, Tensor | None]:
+def parameter_of(module: nn.Module, target: str) -> tuple[str, Tensor | None]:
     """A graph's constant in the network. A layer that is called twice, each time with a batch norm
     of its own, has constants named by its calls."""
     layer, _, name = target.rpartition(".")

@@ -22,6 +22,7 @@ from attar.quantize.post_training import quantize, shared_grids
 from attar.quantize.precision_plan import PrecisionPlan
 from attar.quantize.rounding import round_adaptively
 from attar.quantize.sensitivity import sensitivity
+from attar.quantize.settling import settle_weights
 from attar.quantize.smoothing import smooth
 from attar.stages.base import Context
 from attar.stages.quantizing import calibration, decided, runtime_bench, spread_over, traced
@@ -68,7 +69,7 @@ class StaticInt8:
             result = self._computed(student, layers)
             if self.stage.inside:
                 self._look(result, layers, given, bench)
-        return result
+        return settle_weights(result, **self.traced)
 
     def _prepared(self, student: Student) -> Student:
         """The student with weights that lie better on grids, its answers the same."""

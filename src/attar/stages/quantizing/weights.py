@@ -13,6 +13,7 @@ from attar.quantize.dynamic import quantize_dynamically
 from attar.quantize.on_grid import OnLearnedGrid
 from attar.quantize.post_training import shared_grids
 from attar.quantize.rounding import round_weights
+from attar.quantize.settling import settle_weights
 from attar.quantize.smoothing import smooth
 from attar.quantize.weight_only import BITS, Kernel, Precision, WeightsQuantized, quantize_weights
 from attar.quantize.weight_scales import LIMITS, spread
@@ -122,6 +123,10 @@ def quantized_dynamically(
         student, record = smooth(student, examples, alpha=stage.smooth, **how)
         run.found["smoothed"] = record
 
+    def settled(layers: tuple[str, ...]) -> Student:
+        found = quantized(layers)
+        return found if "*" in layers else settle_weights(found, **how)
+
     def quantized(layers: tuple[str, ...]) -> Student:
         if "*" in layers:
             return quantize_weights(student, "int8", runtime=run.runtime, **how)
@@ -130,7 +135,7 @@ def quantized_dynamically(
         )
 
     if stage.fallback == "off" or "*" in float_layers:
-        return quantized(float_layers)
+        return settled(float_layers)
     with runtime_bench(run, quantized) as bench:
         decision = decided(bench, float_layers, run)
-    return quantized(decision.float_layers)
+    return settled(decision.float_layers)
