@@ -18,7 +18,7 @@ from attar.prune import criteria, prune_weights
 from attar.share import RateDistortion, codable, round_norms
 from attar.share.rate import LARGEST, charged, first_step
 from attar.student import Student, load_student, save_student
-from attar.student.packed import pack_student, packed_size, unpack_student
+from attar.student.packed import coded_size, pack_student, packed_size, unpack_student
 from attar.tasks.image_classification import ImageClassification
 from attar.training.config import Training
 from attar.training.evaluation import statistics_of
@@ -168,12 +168,17 @@ def test_a_higher_rate_gives_a_smaller_file(tiny_net, digits):
     assert sizes[0] > sizes[1] > sizes[2]
 
 
-def test_a_size_is_not_passed_and_most_of_it_used(network, digits):
-    begun = float(rated(network, rate=1).bits(network)) / 8000
-    wanted = begun / 3
+def test_a_file_gets_the_size_that_was_asked_for(network, digits):
+    wanted = rated(network, rate=1).kilobytes(network) / 3
     objective = rated(network, kilobytes=wanted)
     trained(network, objective, digits, epochs=40)
-    assert 0.6 * wanted < float(objective.bits(network).detach()) / 8000 < 1.1 * wanted
+    took = objective.kilobytes(network)
+    assert 0.88 * wanted < took < 1.08 * wanted
+    alone = packed_size(Student(copy.deepcopy(network)))
+    edit, _ = objective.share(network)
+    assert packed_size(Student(network, None, [edit])) < alone
+    codable_weights = {path: network.get_parameter(path) for path in codable(network)}
+    assert took == pytest.approx(coded_size(codable_weights) / 1000, rel=1e-6)
 
 
 def test_a_killed_training_ends_with_the_same_weights(tiny_net, digits, tmp_path):

@@ -23,6 +23,7 @@ from attar.errors import UsageError
 from attar.share.codebook import as_it_is, finite
 from attar.share.edit import Assignment, Shared
 from attar.share.weights import Sharing, fitting
+from attar.student.packed import coded_size
 from attar.training.learned_steps import grown, on_learned_grid
 from attar.training.objective import Objective
 from attar.training.reweighted import Reweighted, as_name, under_each_name
@@ -36,7 +37,7 @@ RAMP = 0.4
 far from its grid would otherwise lose weights that it turns out to need."""
 FIRST_RATE = 0.01
 """The loss that all weights are worth at first, where their size is given."""
-INTEGRAL, PROPORTIONAL = 30.0, 2.0
+INTEGRAL, PROPORTIONAL = 60.0, 8.0
 """How far the rate's logarithm moves by an excess of the size's, over a training and at once."""
 MOST = 10.0
 """The loss that all weights may be worth at most, or there would be no answers left to train."""
@@ -89,11 +90,13 @@ class RateDistortion(Reweighted):
                     for path in self._paths
                 }
             )
-            self.pressure = Pressure(kilobytes, float(self.bits(network)) / KILOBYTE)
+            self.pressure = Pressure(kilobytes, self.kilobytes(network))
+        self._recount = True
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
         super().start_epoch(epoch, epochs)
         self.pressure.start_epoch(epoch, epochs)
+        self._recount = True
         self._ramp = min(1.0, (epoch + 1) / max(1.0, RAMP * epochs))
 
     def undecayed(self) -> Iterable[nn.Parameter]:
@@ -105,10 +108,14 @@ class RateDistortion(Reweighted):
 
     def forward(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         terms = super().forward(model, batch)
-        kilobytes = self.bits(model) / KILOBYTE
+        charged = self.bits(model) / KILOBYTE
         if self._fixed is not None:
-            return {**terms, "rate": self._fixed * self._ramp * kilobytes}
-        return {**terms, "rate": self.pressure(float(kilobytes.detach()), self._ramp) * kilobytes}
+            return {**terms, "rate": self._fixed * self._ramp * charged}
+        now = float(charged.detach())
+        if self._recount:
+            self.pressure.compare(self.kilobytes(model), now)
+            self._recount = False
+        return {**terms, "rate": self.pressure(now, self._ramp) * charged}
 
     def bits(self, network: nn.Module) -> Tensor:
         """What an entropy coder charges for the network's weights as they are now, a scalar."""
@@ -117,6 +124,12 @@ class RateDistortion(Reweighted):
             weight = network.get_parameter(path)
             costs.append(charged(weight, self._step(path, weight.numel())))
         return torch.stack(costs).sum()
+
+    @torch.no_grad()
+    def kilobytes(self, network: nn.Module) -> float:
+        """What the network's weights as they are now take in a packed file."""
+        rounded = {path: self._rounded(network, path) + 0.0 for path in self._paths}
+        return coded_size(rounded) / 1000
 
     def weights(self, network: nn.Module) -> dict[str, Tensor]:
         return under_each_name(network, {p: self._rounded(network, p) for p in self._paths})
@@ -152,13 +165,14 @@ class RateDistortion(Reweighted):
 class Pressure(nn.Module):
     """The rate that brings weights to a size, found while they are trained.
 
-    kilobytes: what they shall cost. first: what they cost at first. What is aimed at falls from the
-    one to the other as the ramp goes from 0 to 1; a cost above it raises the rate, step by step and
-    at once (a controller with an integral and a proportional part, on logarithms). It may move as
-    far in a training of few steps as in one of many.
+    kilobytes: what they shall take in a file. first: what they take at first. What is aimed at
+    falls from the one to the other as the ramp goes from 0 to 1; a size above it raises the rate,
+    step by step and at once (a controller with an integral and a proportional part, on logarithms).
+    It may move as far in a training of few steps as in one of many.
     """
 
     log_rate: Tensor
+    share: Tensor
     steps: Tensor
     gain: Tensor
 
@@ -166,6 +180,7 @@ class Pressure(nn.Module):
         super().__init__()
         self._first, self._last = first, first if kilobytes is None else kilobytes
         self.register_buffer("log_rate", torch.tensor(math.log(FIRST_RATE / first)))
+        self.register_buffer("share", torch.tensor(1.0))
         self.register_buffer("steps", torch.tensor(0))
         self.register_buffer("gain", torch.tensor(FIRST_GAIN))
 
@@ -175,14 +190,22 @@ class Pressure(nn.Module):
             steps = float(self.steps) / epoch * epochs
             self.gain.fill_(min(LARGEST_GAIN, INTEGRAL / max(1.0, steps)))
 
-    def forward(self, kilobytes: float, ramp: float) -> float:
+    def compare(self, taken: float, charged: float) -> None:
+        """Says what weights take in a file that are charged so much: the law that they are charged
+        by is simpler than the file's models, which take less."""
+        self.share.fill_(taken / max(charged, 1e-9))
+
+    def forward(self, charged: float, ramp: float) -> float:
+        """The rate of now, for weights that are charged so many kilobytes."""
+        kilobytes = charged * float(self.share)
         aim = self._first * (self._last / self._first) ** ramp
         excess = math.log(max(kilobytes, 1e-9) / aim)
         self.log_rate += float(self.gain) * max(-1.0, min(1.0, excess))
-        self.log_rate.clamp_(max=math.log(MOST / max(kilobytes, 1e-9)))
+        most = MOST / max(charged, 1e-9)
+        self.log_rate.clamp_(max=math.log(most))
         self.steps += 1
         rate = math.exp(float(self.log_rate) + PROPORTIONAL * excess)
-        return min(rate, MOST / max(kilobytes, 1e-9))
+        return min(rate, most)
 
 
 def codable(network: nn.Module, exclude: Iterable[str] = ()) -> list[str]:

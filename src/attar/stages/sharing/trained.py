@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,14 +12,11 @@ from attar.share import DifferentiableKMeans, RateDistortion, codable, round_nor
 from attar.stages.base import Context
 from attar.stages.sharing.clustered import record
 from attar.student import Student
-from attar.student.packed import packed_size
+from attar.student.packed import coded_size, packed_size
 from attar.units import readable
 
 if TYPE_CHECKING:
     from attar.stages.share import Share
-
-TABLE = 6
-"""Bytes that a tensor takes beside its weights: what its values are and how often they occur."""
 
 
 def share_by_dkm(stage: Share, student: Student, run: Context, bits: int) -> Student:
@@ -81,7 +79,8 @@ def _room(stage: Share, student: Student, size: int) -> int:
         for path in paths:
             rest.module.get_parameter(path).zero_()
     round_norms(rest.module, stage.norms)
-    beside = packed_size(rest) + TABLE * len(paths)
+    zeros = {path: rest.module.get_parameter(path).detach() for path in paths}
+    beside = math.ceil(packed_size(rest) - coded_size(zeros))
     if beside >= size:
         raise UsageError(
             f"share: size {readable(size)} can't be met: all but the shared weights takes "

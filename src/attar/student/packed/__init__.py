@@ -7,6 +7,7 @@ student again, bit for bit; `read_tensors(data)` the weights alone.
 from attar.student.packed.file import load_packed, save_packed
 from attar.student.packed.student import (
     Packed,
+    coded_size,
     pack_student,
     packed,
     packed_size,
@@ -16,6 +17,7 @@ from attar.student.packed.student import (
 
 __all__ = [
     "Packed",
+    "coded_size",
     "load_packed",
     "pack_student",
     "packed",

@@ -56,6 +56,20 @@ def packed_size(student: Student) -> int:
     return len(pack_student(student))
 
 
+def coded_size(tensors: Mapping[str, Tensor]) -> float:
+    """The bytes that tensors take in a packed file, without what is around them.
+
+    Example:
+        >>> layer = nn.Linear(4, 2)
+        >>> coded_size(dict(layer.named_parameters())) < packed_size(Student(layer))
+        True
+    """
+    writer = Writer()
+    elements = [Elements.of(name, tensor) for name, tensor in tensors.items()]
+    coded.write_tensors(writer, elements, [coded.Hint() for _ in elements])
+    return writer.bits / 8
+
+
 def packed(student: Student) -> Packed:
     """As `pack_student`, with what each tensor came to."""
     student = _settled(student)
