@@ -243,8 +243,8 @@ def test_each_method_makes_a_smaller_packed_file_of_digits(
 def test_a_size_that_cannot_be_met_is_refused(tiny_net, digits, tmp_path):
     student = Student(tiny_net())
     run = on_digits(digits, tmp_path)
-    with pytest.raises(UsageError, match="size 100 B can't be met"):
-        Share(method="rate", size="100B", recover=Training(epochs=1)).apply(student, run)
+    with pytest.raises(UsageError, match="size 40 B can't be met"):
+        Share(method="rate", size="40B", recover=Training(epochs=1)).apply(student, run)
 
 
 def test_what_is_told_of_trainings_says_which_candidate_they_are_of(tiny_net, digits, tmp_path):

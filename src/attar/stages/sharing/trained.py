@@ -72,18 +72,18 @@ def share_by_rate(
 
 def _room(stage: Share, student: Student, size: int) -> int:
     """The bytes that a packed file of `size` has for the shared weights. Raises `UsageError` where
-    all else takes more."""
+    it takes more with zeros in their stead."""
     rest = student.copy()
     paths = codable(rest.module, stage.exclude)
     with torch.no_grad():
         for path in paths:
             rest.module.get_parameter(path).zero_()
     round_norms(rest.module, stage.norms)
-    zeros = {path: rest.module.get_parameter(path).detach() for path in paths}
-    beside = math.ceil(packed_size(rest) - coded_size(zeros))
-    if beside >= size:
+    least = packed_size(rest)
+    if least >= size:
         raise UsageError(
-            f"share: size {readable(size)} can't be met: all but the shared weights takes "
-            f"{readable(beside)} of the packed file"
+            f"share: size {readable(size)} can't be met: with nothing but zeros for the shared "
+            f"weights, the packed file takes {readable(least)}"
         )
-    return size - beside
+    zeros = {path: rest.module.get_parameter(path).detach() for path in paths}
+    return size - least + math.ceil(coded_size(zeros))
