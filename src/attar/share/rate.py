@@ -90,7 +90,8 @@ class RateDistortion(Reweighted):
                     for path in self._paths
                 }
             )
-            self.pressure = Pressure(kilobytes, self.kilobytes(network))
+            first = 1.0 if kilobytes is None else self.kilobytes(network)
+            self.pressure = Pressure(kilobytes, first)
         self._recount = True
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
@@ -108,14 +109,14 @@ class RateDistortion(Reweighted):
 
     def forward(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         terms = super().forward(model, batch)
-        charged = self.bits(model) / KILOBYTE
+        cost = self.bits(model) / KILOBYTE
         if self._fixed is not None:
-            return {**terms, "rate": self._fixed * self._ramp * charged}
-        now = float(charged.detach())
+            return {**terms, "rate": self._fixed * self._ramp * cost}
+        now = float(cost.detach())
         if self._recount:
             self.pressure.compare(self.kilobytes(model), now)
             self._recount = False
-        return {**terms, "rate": self.pressure(now, self._ramp) * charged}
+        return {**terms, "rate": self.pressure(now, self._ramp) * cost}
 
     def bits(self, network: nn.Module) -> Tensor:
         """What an entropy coder charges for the network's weights as they are now, a scalar."""
@@ -172,7 +173,7 @@ class Pressure(nn.Module):
     """
 
     log_rate: Tensor
-    share: Tensor
+    taken: Tensor
     steps: Tensor
     gain: Tensor
 
@@ -180,7 +181,7 @@ class Pressure(nn.Module):
         super().__init__()
         self._first, self._last = first, first if kilobytes is None else kilobytes
         self.register_buffer("log_rate", torch.tensor(math.log(FIRST_RATE / first)))
-        self.register_buffer("share", torch.tensor(1.0))
+        self.register_buffer("taken", torch.tensor(1.0))
         self.register_buffer("steps", torch.tensor(0))
         self.register_buffer("gain", torch.tensor(FIRST_GAIN))
 
@@ -190,14 +191,14 @@ class Pressure(nn.Module):
             steps = float(self.steps) / epoch * epochs
             self.gain.fill_(min(LARGEST_GAIN, INTEGRAL / max(1.0, steps)))
 
-    def compare(self, taken: float, charged: float) -> None:
-        """Says what weights take in a file that are charged so much: the law that they are charged
-        by is simpler than the file's models, which take less."""
-        self.share.fill_(taken / max(charged, 1e-9))
+    def compare(self, kilobytes: float, charged: float) -> None:
+        """Says what weights that are charged so much take in a file: less, for the law that they
+        are charged by is simpler than the file's models."""
+        self.taken.fill_(kilobytes / max(charged, 1e-9))
 
     def forward(self, charged: float, ramp: float) -> float:
         """The rate of now, for weights that are charged so many kilobytes."""
-        kilobytes = charged * float(self.share)
+        kilobytes = charged * float(self.taken)
         aim = self._first * (self._last / self._first) ** ramp
         excess = math.log(max(kilobytes, 1e-9) / aim)
         self.log_rate += float(self.gain) * max(-1.0, min(1.0, excess))
