@@ -47,6 +47,14 @@ def test_low_bits_that_say_something_stay_with_the_others():
     assert split.spare_bits((bell * 40_000).astype(int)) == 3
 
 
+def test_no_symbols_are_read_by_a_split():
+    writer = Writer()
+    writer.symbol("model", SPLIT, 4)
+    writer.symbol("low bits", 7, 16)
+    reader = Reader(iter([*writer.finish(), None]).__next__)
+    assert not len(Models().read(reader, 0, np.arange(100), np.arange(100)))
+
+
 @pytest.mark.parametrize(("bits", "said"), [(0, "splits symbols into nothing"), (7, "stand for")])
 def test_low_bits_beyond_the_values_are_refused(bits, said):
     writer = Writer()

@@ -28,6 +28,7 @@ from attar.student.packed import pack_student, packed, packed_size, unpack_stude
 from network_fixture import Encoder
 from runtime_fixture import same_class
 from test_quantize import Excited, Network, Pooled, Twice
+from test_quantize import student_of as with_norms
 
 SHAPES = ({0: torch.export.Dim("batch", min=1)},)
 IMAGES = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -65,15 +66,11 @@ LINEAR = [network for network in NETWORKS if network is not Twice]
 
 def student_of(network: type[nn.Module]) -> Student:
     """With batch norms that have learned something, one channel of them nothing."""
-    torch.manual_seed(0)
-    module = network().eval()
-    for norm in module.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            nn.init.normal_(norm.weight)
-            nn.init.uniform_(norm.running_var, 0.5, 2)
-            if norm.num_features > 1:
-                nn.init.zeros_(norm.weight[:1])
-    return Student(module)
+    student = with_norms(network)
+    for norm in student.module.modules():
+        if isinstance(norm, nn.BatchNorm2d) and norm.num_features > 1:
+            nn.init.zeros_(norm.weight[:1])
+    return student
 
 
 def static(student: Student, bits: int = 8, **scheme: Any) -> Student:
@@ -129,8 +126,10 @@ def test_the_graph_stays_the_same(network, way, bits):
         (Pooled, static, set()),
         (Excited, static, set()),
         (Twice, static, {"conv.weight"}),
-        (Encoder, static, None),
-        (Encoder, dynamic, None),
+        (Encoder, static, set()),
+        (Encoder, dynamic, set()),
+        (Borrowing, static, {"first.weight"}),
+        (Borrowing, dynamic, {"first.weight"}),
         (Tied, static, {"words.weight"}),
         (Tied, dynamic, {"words.weight"}),
     ],
@@ -139,8 +138,6 @@ def test_each_weight_of_its_own_is_packed_as_integers(network, way, left):
     settled = settle_weights(way(student_of(network)), **TRACED)
     stored = packed(settled).tensors
     floats = {p for p in layers(settled) if stored[p].form not in ("rows", "sparse")}
-    if left is None:  # torch names them, and some are no layer's
-        left = {p for p in floats if "in_proj" in p or "position" in p or "token" in p}
     assert floats == left
     for path, count in layers(settled).items():
         if path not in floats:
@@ -225,4 +222,5 @@ def test_weights_of_any_size_are_rounded_to_the_same_integers(seed, size, norm):
         net[0].weight *= size
     quantized = static(Student(net))
     settled = settle_weights(quantized, **TRACED)
+    assert list(settled.edits[-1].steps) == ["0.weight"]
     assert torch.equal(answers(settled), answers(quantized))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -57,8 +56,8 @@ class QuantizedDynamically(WeightEdit):
     rounds: ClassVar[Rounds] = "activations"
     scheme_class: ClassVar[type[Any]] = DynamicScheme
 
-    def settled_at(self, weights_sha256: str, steps: Mapping[str, Tensor]) -> QuantizedDynamically:
-        """The same of weights that lie on their grids, with this checksum; steps: its own."""
+    def settled_at(self, weights_sha256: str) -> QuantizedDynamically:
+        """The same of weights that lie on its grids, with this checksum."""
         return QuantizedDynamically(self.scheme, self.weights, self.scales, weights_sha256)
 
     def row_grids(self) -> dict[str, RowGrid]:

@@ -53,7 +53,7 @@ def changed_weights(module: nn.Module, sha256: str) -> list[str]:
 class Quantized(Edit):
     """An int8 network: static, uint8 activations, int8 weights with a scale an output channel.
 
-    The weights stay as they were, in float; `graph` makes the quantized graph from them and the
+    The weights stay in float; `graph` makes the quantized graph from them and the
     grids, the same in any process. So the promise is that the weights are still those that the
     grids were chosen for.
 

@@ -20,7 +20,7 @@ from attar.quantize.post_training import shared_grids
 from attar.quantize.weight_edit import held_weights, parameter_of
 from attar.quantize.weight_scales import integers
 from attar.runtimes.aten import argument, constant, is_constant, operator
-from attar.student import Student
+from attar.student import Edit, Student
 from attar.student.fingerprint import weights_sha256
 
 
@@ -69,8 +69,11 @@ def settle_weights(
     with torch.no_grad():
         for move in moves:
             settled.module.get_parameter(move.path).copy_(move.weight)
-    steps = {move.path: move.steps for move in moves}
-    last = edit.settled_at(weights_sha256(settled.module), steps)
+    sha256 = weights_sha256(settled.module)
+    if isinstance(edit, Quantized):
+        last: Edit = edit.settled_at(sha256, {move.path: move.steps for move in moves})
+    else:
+        last = edit.settled_at(sha256)
     return Student(settled.module, settled.spec, [*settled.edits[:-1], last])
 
 
