@@ -18,15 +18,13 @@ from __future__ import annotations
 import heapq
 import lzma
 import shutil
-import statistics
 import subprocess
-import time
 import zlib
 from collections.abc import Callable
 
 import numpy as np
 import torch
-from common import conclude, options, show
+from common import conclude, options, processor_seconds, show
 from torch import nn
 
 from attar.student import Student
@@ -91,16 +89,6 @@ def compressors() -> dict[str, Callable[[bytes], int]]:
     return found
 
 
-def timed(work: Callable[[], object], rounds: int) -> float:
-    """Median seconds of the processor: others may use it, too."""
-    taken = []
-    for _ in range(rounds):
-        started = time.process_time()
-        work()
-        taken.append(time.process_time() - started)
-    return statistics.median(taken)
-
-
 def main() -> None:
     arguments = options(__doc__ or "").parse_args()
     torch.set_num_threads(1)
@@ -116,8 +104,8 @@ def main() -> None:
         symbols, counts = counted(values)
         least = entropy_bytes(counts)
         megabytes = values.nbytes / 1e6
-        encoding.append(megabytes / timed(lambda s=student: pack_student(s), rounds))
-        decoding.append(megabytes / timed(lambda d=data: read_tensors(d), rounds))
+        encoding.append(megabytes / processor_seconds(lambda s=student: pack_student(s), rounds))
+        decoding.append(megabytes / processor_seconds(lambda d=data: read_tensors(d), rounds))
         ratios.append((len(data) - ALLOWED) / least)
         # as bytes where that is quick; compressors find no more in the floats than in their symbols
         others = [compress(symbols.tobytes()) / least for compress in general.values()]

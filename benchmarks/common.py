@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import operator
-from collections.abc import Sequence
+import statistics
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,16 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> N
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
     Console(width=140).print(table)
+
+
+def processor_seconds(work: Callable[[], object], rounds: int) -> float:
+    """Median seconds of the processor: others may use it, too."""
+    taken = []
+    for _ in range(rounds):
+        started = time.process_time()
+        work()
+        taken.append(time.process_time() - started)
+    return statistics.median(taken)
 
 
 def conclude(

@@ -17,14 +17,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import torch
-from common import conclude, options, show
+from common import conclude, options, processor_seconds, show
 from torch import nn
 
 from attar.models import ModelSpec, build
@@ -124,9 +122,9 @@ def opened(warm: str, file: str) -> dict[str, float]:
     added = resident_mb() - before
     image = {"image": np.zeros((1, 3, 32, 32), np.float32)}
     return {
-        "load_ms": milliseconds(lambda: session(file), OPENINGS),
+        "load_ms": 1000 * processor_seconds(lambda: session(file), OPENINGS),
         "memory_mb": added,
-        "answer_ms": milliseconds(lambda: first.run(None, image), ANSWERS),
+        "answer_ms": 1000 * processor_seconds(lambda: first.run(None, image), ANSWERS),
     }
 
 
@@ -140,16 +138,6 @@ def resident_mb() -> float:
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     (line,) = (line for line in status.splitlines() if line.startswith("VmRSS"))
     return int(line.split()[1]) / 1000
-
-
-def milliseconds(work: Callable[[], object], rounds: int) -> float:
-    """Median of the processor's time."""
-    taken = []
-    for _ in range(rounds):
-        started = time.process_time()
-        work()
-        taken.append(time.process_time() - started)
-    return 1000 * statistics.median(taken)
 
 
 if __name__ == "__main__":
